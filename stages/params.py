@@ -1,0 +1,118 @@
+"""``params.yaml``: every number that a user may change, with its type and range."""
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from stages import StageError
+
+PARAMS = Path("params.yaml")
+
+Mirror = Annotated[str, Field(pattern=r"^(https?://|file://|npm:)\S+$")]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1, le=100_000)]
+
+
+class Section(BaseModel):
+    """One section: no unknown keys, no conversion between types, no infinities."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class Data(Section):
+    """Where MNIST comes from, and how grey levels in [0, 1] become the net's input: ``(x - mean) / std``."""
+
+    mirrors: Annotated[list[Mirror], Field(min_length=1)]
+    timeout: Annotated[float, Field(gt=0)]  # seconds for one file from one mirror
+    mean: Fraction
+    std: Annotated[float, Field(gt=0)]
+
+
+class Model(Section):
+    """The widths of the hidden layers, first to last."""
+
+    hidden: list[Count]
+
+
+class Train(Section):
+    """The recipe: plain SGD on batches that are drawn anew each epoch."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    epochs: Count
+    batch_size: Annotated[int, Field(ge=1, le=60_000)]
+    lr: Annotated[float, Field(gt=0)]
+    device: Literal["cpu", "cuda"]
+
+
+class Evaluate(Section):
+    """How the test set is read, and the accuracy to reach."""
+
+    batch_size: Annotated[int, Field(ge=1, le=10_000)]
+    target_accuracy: Fraction
+
+
+class Plot(Section):
+    """How the plots look."""
+
+    dpi: Annotated[int, Field(ge=50, le=400)]
+    wrong_digits: Annotated[int, Field(ge=1, le=100)]
+
+
+class Params(Section):
+    """The whole of ``params.yaml``; a section for each stage that has parameters."""
+
+    data: Data
+    model: Model
+    train: Train
+    evaluate: Evaluate
+    plot: Plot
+
+    def flat(self) -> dict[str, object]:
+        """Name every parameter as DVC does: ``{"train.lr": 0.1, ...}``."""
+        return {f"{section}.{key}": value for section, keys in self.model_dump().items() for key, value in keys.items()}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's numbers, as DVC reads and writes them: to YAML 1.1, which PyYAML speaks, ``1e-3`` is a string."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def load(path: Path = PARAMS) -> Params:
+    """Read and check the parameters.
+
+    Raises:
+        StageError: no such file, broken YAML, or a key that is unknown, missing, of a wrong type or out of range.
+    """
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506, a SafeLoader
+        return Params.model_validate(content)
+    except FileNotFoundError:
+        raise StageError(f"{path}: no such file; run from the repository's root, or `git checkout {path}`") from None
+    except UnicodeDecodeError:
+        raise StageError(f"{path}: not a UTF-8 text file; `git checkout {path}` restores it") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = mark.line + 1 if mark else 1
+        raise StageError(f"{path}, line {line}: not valid YAML: {error.problem or error.context}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "the file"
+        if first["type"] == "missing":
+            raise StageError(f"{path}: {key} is missing; `git diff {path}` shows what changed") from None
+        if first["type"] == "extra_forbidden":
+            section = first["loc"][0]
+            model = Params if len(first["loc"]) == 1 else Params.model_fields[str(section)].annotation
+            allowed = ", ".join(model.model_fields) if model and issubclass(model, BaseModel) else ""
+            raise StageError(f"{path}: {key} is not a parameter; allowed here: {allowed}") from None
+        raise StageError(f"{path}: {key} is {first['input']!r}: {_lower(first['msg'])}") from None
+
+
+def _lower(text: str) -> str:
+    return text[:1].lower() + text[1:]

@@ -1,0 +1,100 @@
+"""Draw the tutorial's four plots, ours beside the published ones, the confusion matrix and the worst mistakes."""
+
+import io
+
+import matplotlib as mpl
+
+mpl.use("agg")  # no screen needed
+
+import matplotlib.pyplot as plt
+import mlflow
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+from stages import HISTORY, PLOTS, PREDICTIONS, PUBLISHED, data, params, run, tracking, write
+
+STYLE = {"font.size": 13, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}
+
+
+def main() -> None:
+    """Draw six plots and add them to the model's MLflow run."""
+    p = params.load()
+    plt.rcdefaults()  # a user's own matplotlibrc would change the bytes
+    plt.rcParams.update(STYLE)
+    ours, published = (np.genfromtxt(path, delimiter=",", names=True) for path in (HISTORY, PUBLISHED))
+    predictions = np.genfromtxt(PREDICTIONS, delimiter=",", names=True)
+    images, _ = data.load("t10k")
+
+    figures = {name: curves(name, np.atleast_1d(ours), published) for name in published.dtype.names[1:]}
+    figures["confusion_matrix"] = confusion_matrix(predictions["actual"].astype(int), predictions["predicted"].astype(int))
+    figures["wrong_digits"] = wrong_digits(images, predictions, p.plot.wrong_digits)
+    with tracking.run_of_model(p) as tracked:
+        for name, figure in figures.items():
+            png = io.BytesIO()
+            figure.savefig(png, format="png", dpi=p.plot.dpi, metadata={"Software": None})
+            write(PLOTS / f"{name}.png", png.getvalue())
+        tracked.log(lambda: mlflow.log_artifacts(str(PLOTS), "plots"))
+        tracked.log(lambda: mlflow.log_artifact("dvc.lock"))  # without the entry of this stage, which DVC adds after it
+    print(f"{len(figures)} plots in {PLOTS}")
+
+
+def curves(name: str, ours: NDArray[np.void], published: NDArray[np.void]) -> Figure:
+    """Draw one figure of the history over the epochs, titled as in the tutorial: 'train loss' for ``train_loss``."""
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    axes.plot(published["epoch"], published[name], "o-", color="tab:gray", markersize=4, label="published")
+    axes.plot(ours["epoch"], ours[name], "o-", color="tab:blue", markersize=4, linewidth=2, label="ours")
+    axes.set(title=name.replace("_", " "), xlabel="epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(frameon=False)
+    return figure
+
+
+def confusion_matrix(actual: NDArray[np.int_], predicted: NDArray[np.int_]) -> Figure:
+    """Count the test digits by what they are and what they were taken for; the colour shows mistakes only.
+
+    Args:
+        actual: (N,), 0 to 9.
+        predicted: likewise.
+    """
+    counts = np.bincount(actual * 10 + predicted, minlength=100).reshape(10, 10)
+    mistakes = counts * ~np.eye(10, dtype=bool)
+    figure, axes = plt.subplots(figsize=(6, 6), layout="constrained")
+    axes.imshow(mistakes, cmap="Reds", vmax=max(1, 1.5 * mistakes.max()))
+    for row, column in np.ndindex(10, 10):
+        if counts[row, column]:
+            weight = "bold" if row == column else "normal"
+            axes.text(column, row, str(counts[row, column]), ha="center", va="center", fontsize=11, weight=weight)
+    axes.set(title="confusion matrix", xlabel="predicted", ylabel="actual", xticks=range(10), yticks=range(10))
+    axes.grid(visible=False)
+    return figure
+
+
+def wrong_digits(images: NDArray[np.uint8], predictions: NDArray[np.void], count: int) -> Figure:
+    """Show the test digits that the net got wrong with the highest probability, worst first.
+
+    Args:
+        images: (N, 28, 28).
+        predictions: (N,), with the fields actual, predicted and probability.
+        count: how many to show, at most.
+    """
+    wrong = np.flatnonzero(predictions["actual"] != predictions["predicted"])
+    worst = wrong[np.argsort(-predictions["probability"][wrong], kind="stable")][:count]
+    columns = min(count, 5 if count <= 25 else 10)
+    rows = -(-count // columns)
+    figure, grid = plt.subplots(
+        rows, columns, squeeze=False, figsize=(1.3 * columns, 1.65 * rows + 0.5), layout="constrained"
+    )
+    figure.suptitle("most confidently wrong")
+    for axes in grid.flat:
+        axes.axis("off")
+    for axes, index in zip(grid.flat, worst, strict=False):
+        axes.imshow(images[index], cmap="gray_r")
+        actual, predicted, probability = predictions[index].item()
+        axes.set_title(f"{actual:.0f} taken for {predicted:.0f}\n{probability:.1%}", fontsize=9)
+    return figure
+
+
+if __name__ == "__main__":
+    run(main)
