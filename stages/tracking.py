@@ -9,7 +9,6 @@ import hashlib
 import importlib.metadata
 import os
 import platform
-import socket
 import subprocess
 import sys
 import urllib.error
@@ -27,20 +26,24 @@ import numpy as np
 from filelock import FileLock
 from mlflow.data.http_dataset_source import HTTPDatasetSource
 from mlflow.data.meta_dataset import MetaDataset
+from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
 from stages import HISTORY, MODEL, StageError, data
 from stages.params import Params
 
 EXPERIMENT = "mnist"
+REGISTERED = "mnist-mlp"
+CHAMPION = "champion"
 ROOT = Path(os.environ.get("DVC_ROOT", ".")).resolve()  # the repository, even where DVC works in a temporary copy of it
 
 
 class Tracked:
     """The active MLflow run. Once the server is lost, the stage goes on without it."""
 
-    def __init__(self) -> None:
+    def __init__(self, run_id: str) -> None:
         """Start with a server that has just answered."""
+        self.run_id = run_id
         self.lost = False
 
     def log(self, call: Callable[[], object]) -> None:
@@ -51,7 +54,9 @@ class Tracked:
             call()
         except (MlflowException, OSError) as error:
             self.lost = True
-            print(f"MLflow is lost ({_first_line(error)}); going on. `dvc repro` sends it what it missed", file=sys.stderr)
+            print(
+                f"MLflow is lost ({_first_line(error)}); going on. `dvc repro` sends it what it missed", file=sys.stderr
+            )
 
     def log_epoch(self, epoch: int, figures: Mapping[str, float]) -> None:
         """Log one epoch's figures, with ``step`` = epoch."""
@@ -95,12 +100,12 @@ def new_run(p: Params, **tags: str) -> Iterator[Tracked]:
     Raises:
         StageError: no MLflow store is to be had.
     """
-    _connect()
+    connect()
     source = HTTPDatasetSource(p.data.mirrors[0])
-    with _closing(mlflow.start_run(run_name=os.environ.get("DVC_EXP_NAME"))) as tracked:
-        mlflow.set_tags(_origin() | tags)
+    with _run(run_name=os.environ.get("DVC_EXP_NAME"), tags=_origin() | tags) as tracked:
         mlflow.log_params(p.flat())
-        mlflow.log_input(MetaDataset(source, name="MNIST", digest=data.DIGEST), context="training")
+        dataset = MetaDataset(source, name="MNIST", digest=data.DIGEST)  # type: ignore[abstract]
+        mlflow.log_input(dataset, context="training")
         mlflow.log_artifact("params.yaml")
         yield tracked
 
@@ -113,15 +118,10 @@ def run_of_model(p: Params) -> Iterator[Tracked]:
         StageError: no MLflow store is to be had, or the model file is damaged.
     """
     weights = MODEL.read_bytes()
-    _connect()
-    runs = mlflow.search_runs(
-        [mlflow.get_experiment_by_name(EXPERIMENT).experiment_id],
-        f"tags.model.md5 = '{md5(weights)}'",
-        max_results=1,
-        output_format="list",
-    )  # the newest first
+    connect()
+    runs = _search(f"tags.`model.md5` = '{md5(weights)}'")
     if runs:
-        with _closing(mlflow.start_run(run_id=runs[0].info.run_id)) as tracked:
+        with _run(run_id=runs[0].info.run_id) as tracked:
             yield tracked
         return
     note = f"Trained elsewhere, or while MLflow was away: filled in from `{HISTORY}` and `{MODEL}`."
@@ -132,26 +132,62 @@ def run_of_model(p: Params) -> Iterator[Tracked]:
         yield tracked
 
 
+def register(tracked: Tracked, p: Params, accuracy: float) -> str:
+    """Register the run's model, once for the same bytes, and make it champion if it is better than the present one.
+
+    Args:
+        tracked: the active run.
+        p: for the target, which a model must reach to be registered.
+        accuracy: on the test set, exact.
+
+    Returns:
+        What came of it, for people.
+    """
+    if accuracy < p.evaluate.target_accuracy:
+        return "not registered: the target is missed"
+    client, digest = mlflow.MlflowClient(), md5(MODEL.read_bytes())
+    with _lock():
+        for version in client.search_model_versions(f"name = '{REGISTERED}'"):
+            if version.tags.get("model.md5") == digest:
+                return f"registered already: {REGISTERED} version {version.version}"
+        run = client.get_run(tracked.run_id)
+        assert run.outputs is not None
+        tags = {key: run.data.tags[key] for key in ("git.commit", "data.digest", "model.md5")}
+        figures = {name: str(run.data.metrics[name]) for name in ("accuracy", "batch_mean_accuracy", "loss")}
+        model = f"models:/{run.outputs.model_outputs[0].model_id}"
+        version = mlflow.register_model(model, REGISTERED, tags=tags | figures)
+        try:
+            champion = client.get_model_version_by_alias(REGISTERED, CHAMPION)
+        except MlflowException:
+            champion = None
+        if champion and float(champion.tags["accuracy"]) >= accuracy:
+            return f"registered: {REGISTERED} version {version.version}; champion stays version {champion.version}"
+        client.set_registered_model_alias(REGISTERED, CHAMPION, version.version)
+        return f"registered: {REGISTERED} version {version.version}, the new champion"
+
+
 def md5(content: bytes) -> str:
     """Hash a file's content as DVC does."""
     return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
-def _connect() -> None:
+def connect() -> None:
     """Choose the store: MLFLOW_TRACKING_URI, or mlflow.db in the repository, where `mlflow ui` looks by itself."""
     uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
     if uri.startswith("http"):
         try:
             urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=5)  # noqa: S310
         except (OSError, ValueError) as error:
-            raise StageError(f"no MLflow server answers at MLFLOW_TRACKING_URI={uri} ({error}); start it, or unset it") from None
+            raise StageError(
+                f"no MLflow server answers at MLFLOW_TRACKING_URI={uri} ({error}); start it, or unset it"
+            ) from None
     artifacts = None
     if uri.startswith("sqlite:///"):
         uri = f"sqlite:///{ROOT / uri.removeprefix('sqlite:///')}"
         artifacts = (ROOT / "mlruns").as_uri()
     mlflow.set_tracking_uri(uri)
     try:
-        with FileLock(ROOT / ".dvc/tmp/mlflow.lock"):  # whoever comes first makes the tables, the others wait
+        with _lock():  # whoever comes first makes the tables
             if mlflow.get_experiment_by_name(EXPERIMENT) is None:
                 mlflow.create_experiment(EXPERIMENT, artifacts)
             mlflow.set_experiment(EXPERIMENT)
@@ -160,27 +196,44 @@ def _connect() -> None:
         raise StageError(f"MLflow at {uri} refuses: {_first_line(error)}") from None
 
 
+def _lock() -> FileLock:
+    """Let one process of this repository at a time do what must not be done twice."""
+    path = ROOT / ".dvc/tmp/mlflow.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(path)
+
+
+def _search(condition: str) -> list[Run]:
+    """Find runs of the experiment, the newest first."""
+    runs: list[Run] = mlflow.search_runs(experiment_names=[EXPERIMENT], filter_string=condition, output_format="list")
+    return runs
+
+
 def _close_left_running() -> None:
     """Mark the runs of killed processes of this machine, which had no time to do so, as killed."""
-    for run in mlflow.search_runs(
-        [mlflow.get_experiment_by_name(EXPERIMENT).experiment_id],
-        f"attributes.status = 'RUNNING' and tags.host = '{platform.node()}'",
-        output_format="list",
-    ):
-        if not Path(f"/proc/{run.data.tags['pid']}").exists():
+    for run in _search(f"attributes.status = 'RUNNING' and tags.host = '{platform.node()}'"):
+        try:
+            os.kill(int(run.data.tags["pid"]), 0)  # signal 0 only asks whether the process is there
+        except ProcessLookupError:
             mlflow.MlflowClient().set_terminated(run.info.run_id, "KILLED")
 
 
 @contextmanager
-def _closing(run: mlflow.ActiveRun) -> Iterator[Tracked]:
-    tracked, status = Tracked(), "FAILED"
+def _run(
+    run_id: str | None = None, run_name: str | None = None, tags: Mapping[str, str] | None = None
+) -> Iterator[Tracked]:
+    """Start or resume a run, and end it as what it came to."""
+    process = {"host": platform.node(), "pid": str(os.getpid())}
+    run = mlflow.start_run(run_id, run_name=run_name, tags={**(tags or {}), **process})
+    tracked, status = Tracked(run.info.run_id), "FAILED"
     try:
-        tracked.log(lambda: mlflow.set_tags({"host": platform.node(), "pid": str(os.getpid())}))
         yield tracked
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
         raise
+    except MlflowException as error:
+        raise StageError(f"MLflow refuses: {_first_line(error)}") from None
     finally:
         tracked.log(lambda: mlflow.end_run(status))
 
@@ -188,16 +241,15 @@ def _closing(run: mlflow.ActiveRun) -> Iterator[Tracked]:
 def _origin() -> dict[str, str]:
     """Say what makes the run: which code, data, versions and machine."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "mlflow", "dvc")}
-    return {
-        "git.commit": _git("rev-parse", "HEAD"),
-        "git.branch": os.environ.get("DVC_EXP_GIT_BRANCH") or _git("rev-parse", "--abbrev-ref", "HEAD"),
-        # What a run's own stages write is no uncommitted code, and the parameters are in the run.
+    return versions | {
+        "git.commit": os.environ.get("DVC_EXP_BASELINE_REV") or _git("rev-parse", "HEAD"),
+        "git.branch": _git("-C", str(ROOT), "rev-parse", "--abbrev-ref", "HEAD"),
+        # What the stages write is no uncommitted code, and the parameters are in the run.
         "git.uncommitted": _git("status", "--porcelain", "--", ".", ":!results", ":!dvc.lock", ":!params.yaml"),
         "data.digest": data.DIGEST,
         "python": platform.python_version(),
         "cpu": _cpu(),
-        "threads": os.environ.get("OMP_NUM_THREADS") or str(os.cpu_count()),
-    } | versions
+    }
 
 
 def _cpu() -> str:

@@ -2,6 +2,7 @@
 
 import math
 import time
+from pathlib import Path
 
 import safetensors.torch
 import torch
@@ -10,6 +11,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from stages import HISTORY, MODEL, StageError, data, net, params, run, tracking, write
+
 
 def main() -> None:
     """Train, write the weights and the history, and track both in MLflow."""
@@ -23,14 +25,18 @@ def main() -> None:
     shuffle = torch.Generator().manual_seed(p.train.seed)  # of its own: nothing else that draws numbers moves it
 
     history = []
-    with tracking.new_run(p) as tracked:
+    if Path.cwd() != tracking.ROOT:  # one of several that DVC trains at once, each in a copy of the repository
+        torch.set_num_threads(1)
+    with tracking.new_run(p, threads=str(torch.get_num_threads())) as tracked:
         for epoch in tqdm(range(p.train.epochs), desc="train", unit="epoch", disable=None, leave=False):
             start = time.perf_counter()
             order = torch.randperm(len(images), generator=shuffle).to(device)
             try:
                 train_loss, train_acc = train_epoch(model, images, labels, order, p.train.batch_size, p.train.lr)
             except FloatingPointError as error:
-                raise StageError(f"training diverged in epoch {epoch}: {error}; try a train.lr below {p.train.lr}") from None
+                raise StageError(
+                    f"training diverged in epoch {epoch}: {error}; try a train.lr below {p.train.lr}"
+                ) from None
             scores = net.score(model, test_images, p.evaluate.batch_size)
             test_loss, test_acc = net.batch_means(scores, test_labels, p.evaluate.batch_size)
 
@@ -44,7 +50,9 @@ def main() -> None:
             tracked.log_epoch(epoch, row | {"epoch_seconds": time.perf_counter() - start})
 
         weights = safetensors.torch.save({name: t.contiguous().cpu() for name, t in model.state_dict().items()})
-        lines = [",".join([str(epoch), *(f"{value:.6f}" for value in row.values())]) for epoch, row in enumerate(history)]
+        lines = [
+            ",".join([str(epoch), *(f"{value:.6f}" for value in row.values())]) for epoch, row in enumerate(history)
+        ]
         write(HISTORY, "\n".join([",".join(["epoch", *history[0]]), *lines]) + "\n")
         write(MODEL, weights)
         tracked.log_model(p, weights)
