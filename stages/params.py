@@ -1,6 +1,7 @@
 """``params.yaml``: every number that a user may change, with its type and range."""
 
 import re
+import reprlib
 from pathlib import Path
 from typing import Annotated, Literal, get_type_hints
 
@@ -26,7 +27,7 @@ class Data(Section):
     """Where MNIST comes from, and how grey levels in [0, 1] become the net's input: ``(x - mean) / std``."""
 
     mirrors: Annotated[list[Mirror], Field(min_length=1)]
-    timeout: Annotated[float, Field(gt=0)]  # seconds for one file from one mirror
+    timeout: Annotated[float, Field(gt=0, le=86_400)]  # seconds for one file from one mirror
     mean: Fraction
     std: Annotated[float, Field(gt=0)]
 
@@ -43,7 +44,7 @@ class Train(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     epochs: Count
     batch_size: Annotated[int, Field(ge=1, le=60_000)]
-    lr: Annotated[float, Field(gt=0)]
+    lr: Annotated[float, Field(gt=0, le=1_000_000)]
     device: Literal["cpu", "cuda"]
 
 
@@ -88,6 +89,10 @@ _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
 
+_REPR = reprlib.Repr()
+_REPR.maxlevel = 2
+_REPR.maxstring = _REPR.maxother = 100
+
 
 def load(path: Path = PARAMS) -> Params:
     """Read and check the parameters.
@@ -96,27 +101,47 @@ def load(path: Path = PARAMS) -> Params:
         StageError: no such file, broken YAML, or a key that is unknown, missing, of a wrong type or out of range.
     """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506, a SafeLoader
-        return Params.model_validate(content)
+        return Params.model_validate(_parse(path))
     except FileNotFoundError:
         raise StageError(f"{path}: no such file; run from the repository's root, or `git checkout {path}`") from None
     except UnicodeDecodeError:
         raise StageError(f"{path}: not a UTF-8 text file; `git checkout {path}` restores it") from None
+    except ValidationError as error:
+        # A misspelt key is unknown, and missing under its right name: the former says more.
+        first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+        key = _short(".".join(str(part) for part in first["loc"]))[1:-1] or "the file"
+        value = _short(first["input"])
+        match first["type"]:
+            case "missing":
+                problem = f"is missing; `git diff {path}` shows what changed"
+            case "extra_forbidden":
+                problem = f"is {value}: not a parameter; allowed here: {_keys(first['loc'][:-1])}"
+            case "model_type":
+                problem = f"is {value}: it should hold {_keys(first['loc'])}"
+            case _:
+                problem = f"is {value}: {first['msg'][:1].lower()}{first['msg'][1:]}"
+        raise StageError(f"{path}: {key} {problem}") from None
+
+
+def _parse(path: Path) -> object:
+    text = path.read_text(encoding="utf-8")
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506, a SafeLoader
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
         raise StageError(f"{path}, line {line}: not valid YAML: {error.problem or error.context}") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "the file"
-        if first["type"] == "missing":
-            raise StageError(f"{path}: {key} is missing; `git diff {path}` shows what changed") from None
-        if first["type"] == "extra_forbidden":
-            section = Params if len(first["loc"]) == 1 else get_type_hints(Params)[str(first["loc"][0])]
-            allowed = ", ".join(field.alias or name for name, field in section.model_fields.items())
-            raise StageError(f"{path}: {key} is not a parameter; allowed here: {allowed}") from None
-        raise StageError(f"{path}: {key} is {first['input']!r}: {_lower(first['msg'])}") from None
+    except Exception as error:  # PyYAML lets many kinds through, from 2001-99-99, 0b_, !!bool x, a thousand brackets
+        raise StageError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
-def _lower(text: str) -> str:
-    return text[:1].lower() + text[1:]
+def _keys(section: tuple[int | str, ...]) -> str:
+    model = get_type_hints(Params)[str(section[0])] if section else Params
+    return ", ".join(field.alias or name for name, field in model.model_fields.items())
+
+
+def _short(value: object) -> str:
+    try:
+        return _REPR.repr(value)
+    except ValueError:  # Python writes no integer of more than 4300 digits
+        return "a huge number"

@@ -248,11 +248,11 @@ def _origin() -> dict[str, str]:
         "git.uncommitted": _git("status", "--porcelain", "--", ".", ":!results", ":!dvc.lock", ":!params.yaml"),
         "data.digest": data.DIGEST,
         "python": platform.python_version(),
-        "cpu": _cpu(),
+        "cpu": cpu(),
     }
 
 
-def _cpu() -> str:
+def cpu() -> str:
     """Name the processor."""
     names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return names[0].partition(": ")[2] if names else platform.machine()

@@ -1,7 +1,7 @@
 """Train the net by the tutorial's recipe: plain SGD on cross-entropy, tested after every epoch."""
 
-import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import safetensors.torch
@@ -11,6 +11,8 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from stages import HISTORY, MODEL, StageError, data, net, params, run, tracking, write
+
+DIVERGED = 1000.0  # a loss from which training does not come back, though it may end up finite, with every ReLU dead
 
 
 def main() -> None:
@@ -32,11 +34,10 @@ def main() -> None:
             start = time.perf_counter()
             order = torch.randperm(len(images), generator=shuffle).to(device)
             try:
-                train_loss, train_acc = train_epoch(model, images, labels, order, p.train.batch_size, p.train.lr)
+                steps = list(train_epoch(model, images, labels, order, p.train.batch_size, p.train.lr))
             except FloatingPointError as error:
-                raise StageError(
-                    f"training diverged in epoch {epoch}: {error}; try a train.lr below {p.train.lr}"
-                ) from None
+                raise StageError(f"diverged in epoch {epoch}: {error}; try a train.lr below {p.train.lr}") from None
+            train_loss, train_acc = (sum(figures) / len(steps) for figures in zip(*steps, strict=True))
             scores = net.score(model, test_images, p.evaluate.batch_size)
             test_loss, test_acc = net.batch_means(scores, test_labels, p.evaluate.batch_size)
 
@@ -60,7 +61,7 @@ def main() -> None:
 
 def train_epoch(
     model: nn.Module, images: Tensor, labels: Tensor, order: Tensor, batch_size: int, lr: float
-) -> tuple[float, float]:
+) -> Iterator[tuple[float, float]]:
     """Update the model once for each batch.
 
     Args:
@@ -71,28 +72,24 @@ def train_epoch(
         batch_size: the last batch holds what remains.
         lr: the step along the gradient.
 
-    Returns:
-        Cross-entropy and accuracy, means over the batches, each taken before the step on it.
+    Yields:
+        Cross-entropy and accuracy of each batch, as they were before the step on it.
 
     Raises:
-        FloatingPointError: the loss is no longer finite.
+        FloatingPointError: the loss is over ``DIVERGED``, or not a number.
     """
     parameters = list(model.parameters())
-    batches = order.split(batch_size)
-    loss_sum = correct_sum = 0.0
-    for batch in batches:
+    for batch in order.split(batch_size):
+        target = labels[batch]
         scores = model(images[batch])
-        loss = functional.cross_entropy(scores, labels[batch])
+        loss = functional.cross_entropy(scores, target)
         gradients = torch.autograd.grad(loss, parameters)
         with torch.no_grad():
             for parameter, gradient in zip(parameters, gradients, strict=True):
-                parameter.sub_(gradient, alpha=lr)  # plain SGD, at less than half the cost of torch.optim's call
-
-        loss_sum += loss.item()
-        if not math.isfinite(loss_sum):
-            raise FloatingPointError(f"the loss is {loss.item()}")
-        correct_sum += (scores.argmax(1) == labels[batch]).sum().item() / len(batch)
-    return loss_sum / len(batches), correct_sum / len(batches)
+                parameter.sub_(gradient, alpha=lr)  # plain SGD, without what a step of torch.optim costs besides
+        if not loss.item() < DIVERGED:  # nor is a loss that is no number
+            raise FloatingPointError(f"the loss is {loss.item():.3g}, where guessing costs 2.3")
+        yield loss.item(), (scores.argmax(1) == target).sum().item() / len(batch)
 
 
 def _load(split: data.Split, p: params.Params, device: torch.device) -> tuple[Tensor, Tensor]:

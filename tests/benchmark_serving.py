@@ -1,0 +1,101 @@
+"""Time our server, MLflow's own, and a bare FastAPI endpoint around the same net, with images of the test set.
+
+``python -m tests.benchmark_serving`` drives each with wrk (``apt install wrk``) from four connections that are kept
+open, in batches of 1 and of 256, for five seconds after a second of warming up. It takes two minutes, and asks for the
+champion and the results of ``make repro``.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import mlflow
+import torch
+import uvicorn
+from fastapi import FastAPI
+from pydantic import BaseModel
+
+from stages import MODEL, StageError, data, net, params, run, tracking
+from tests.loopback import running
+
+CHAMPION = f"models:/{tracking.REGISTERED}@{tracking.CHAMPION}"
+SERVERS = {
+    "`make serve`": [sys.executable, "-m", "stages.serve", "--port", "{port}"],
+    "`mlflow models serve`": [
+        *("mlflow", "models", "serve", "--model-uri", CHAMPION, "--env-manager", "local"),
+        *("--host", "127.0.0.1", "--port", "{port}"),
+    ],
+    "bare FastAPI": [sys.executable, "-m", "tests.benchmark_serving", "bare", "{port}"],
+}
+
+
+class Batch(BaseModel):
+    inputs: list[list[list[int]]]
+
+
+def bare(port: int) -> None:
+    """What one would write first."""
+    p, app = params.load(), FastAPI()
+    model = net.mlp(p.model.hidden)
+    net.load_weights(model, MODEL.read_bytes(), str(MODEL))
+    classifier = net.ImageClassifier(model, p.data.mean, p.data.std)
+
+    @app.get("/ping")
+    def ping() -> None: ...
+
+    @app.post("/invocations")
+    def invocations(batch: Batch) -> dict[str, list[list[float]]]:
+        with torch.no_grad():
+            return {"predictions": classifier(torch.tensor(batch.inputs, dtype=torch.uint8)).tolist()}
+
+    uvicorn.run(app, port=port, access_log=False)
+
+
+def main() -> None:
+    if not shutil.which("wrk"):
+        raise StageError("the load generator is missing; `apt install wrk` installs it")
+    tracking.connect()
+    os.environ["MLFLOW_TRACKING_URI"] = mlflow.get_tracking_uri()  # for the mlflow command, which knows no other way
+    images, _ = data.load("t10k")
+    print("| server | images a request | requests/s | images/s | median | 99th percentile |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: |")
+    with tempfile.TemporaryDirectory() as scratch:
+        script = Path(scratch, "post.lua")
+        for name, command in SERVERS.items():
+            with running(*command, env={"OMP_NUM_THREADS": "1"}) as url:  # see stages/serve.py
+                for batch_size in (1, 256):
+                    body = json.dumps(json.dumps({"inputs": images[:batch_size].tolist()}))  # quoted, as Lua does too
+                    script.write_text(
+                        f'wrk.method = "POST"\nwrk.body = {body}\nwrk.headers["Content-Type"] = "application/json"'
+                    )
+                    drive(url, script, 1)
+                    rate, median, tail = drive(url, script, 5)
+                    print(
+                        f"| {name} | {batch_size} | {rate:,.0f} | {rate * batch_size:,.0f} | {median} | {tail} |",
+                        flush=True,
+                    )
+
+
+def drive(url: str, script: Path, seconds: int) -> tuple[float, str, str]:
+    """Requests a second, and the median and 99th percentile of their latency, with units."""
+    output = subprocess.run(
+        ["wrk", "-t1", "-c4", f"-d{seconds}s", "--timeout", "30s", "--latency", "-s", script, f"{url}/invocations"],
+        check=True, capture_output=True, text=True,
+    ).stdout  # fmt: skip
+    found = re.search(r"\n +50% +(\S+).*\n +99% +(\S+).*\nRequests/sec: +(\S+)", output, re.DOTALL)
+    if found is None or "Non-2xx" in output or "Socket errors" in output:
+        raise RuntimeError(output)
+    median, tail, rate = found.groups()
+    return float(rate), median, tail
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["bare"]:
+        bare(int(sys.argv[2]))
+    else:
+        run(main)

@@ -1,0 +1,76 @@
+"""Copies of this repository in which tests run the real pipeline, on a net small enough to train in a second."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import mlflow
+import yaml
+from mlflow.entities import Run
+
+REPOSITORY = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+SMALL = {"model.hidden": [32], "train.epochs": 2, "train.batch_size": 250, "evaluate.target_accuracy": 0.5}
+RESULTS = ("dvc.lock", "results/model.safetensors", "results/history.csv", "results/metrics.json",
+           "results/predictions.csv", "results/plots/test_acc.png", "results/plots/wrong_digits.png")  # fmt: skip
+
+
+def make(folder: Path, mnist: Path) -> Path:
+    """Commit this working tree's files, small parameters and no results as a repository of its own."""
+    listed = run(REPOSITORY, "git", "ls-files", "--cached", "--others", "--exclude-standard").stdout.split()
+    for name in listed:
+        if not name.startswith(("results/", "dvc.lock")):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(REPOSITORY / name, folder / name)
+    for file in mnist.iterdir():
+        if file.suffix == "" and not file.name.startswith("."):
+            shutil.copy(file, folder / "data/MNIST/raw")
+    edit(folder, SMALL)
+    run(folder, "git", "init", "--quiet", "--initial-branch", "main")
+    commit(folder)
+    return folder
+
+
+def commit(folder: Path) -> None:
+    run(folder, "git", "add", "--all")
+    run(folder, "git", "-c", "user.name=test", "-c", "user.email=test@localhost", "commit", "--quiet", "-m", "test")
+
+
+def edit(folder: Path, values: dict[str, object]) -> None:
+    """Set parameters by their dotted names."""
+    path = folder / "params.yaml"
+    content = yaml.safe_load(path.read_text())
+    for name, value in values.items():
+        section, key = name.split(".")
+        content[section][key] = value
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Leave out what a test run of its own, or its caller, may have set."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("DVC_", "MLFLOW_", "OMP_", "ONEDNN_", "ATEN_"))}
+    return kept | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"} | more
+
+
+def run(
+    folder: Path, *command: str, check: bool = True, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a command as a user in that folder would."""
+    done = subprocess.run(command, cwd=folder, env=env or environment(), capture_output=True, text=True, timeout=300)
+    if check and done.returncode:
+        raise AssertionError(f"{' '.join(command)} exited with {done.returncode}:\n{done.stdout}\n{done.stderr}")
+    return done
+
+
+def runs(folder: Path) -> list[Run]:
+    """Read the runs in the repository's own store, the newest first."""
+    mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
+    found: list[Run] = mlflow.search_runs(experiment_names=["mnist"], output_format="list")
+    return found
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Read what the pipeline promises to give byte for byte."""
+    return {name: (folder / name).read_bytes() for name in RESULTS}

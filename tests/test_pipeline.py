@@ -1,0 +1,273 @@
+"""What users do with the pipeline, as they do it: real DVC, real MLflow store, real MNIST."""
+
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+import yaml
+
+from stages import data
+from tests import project
+
+DIVERGING: dict[str, object] = {"train.lr": 10.0}
+
+
+@pytest.fixture(scope="module")
+def finished(mnist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository after its first `dvc repro`, all committed. Not to be changed: copy it."""
+    folder = project.make(tmp_path_factory.mktemp("finished"), mnist)
+    project.run(folder, "dvc", "repro")
+    project.commit(folder)
+    return folder
+
+
+@pytest.fixture
+def repository(finished: Path, tmp_path: Path) -> Path:
+    """A finished repository to do things to; its MLflow store is empty."""
+    folder = tmp_path / "repository"
+    shutil.copytree(finished, folder, ignore=shutil.ignore_patterns("mlflow.db", "mlruns"))
+    return folder
+
+
+def test_one_pipeline_run_is_one_mlflow_run_with_all_that_leads_back_to_its_origin(finished: Path) -> None:
+    (run,) = project.runs(finished)
+    lock = yaml.safe_load((finished / "dvc.lock").read_text())["stages"]
+    history = np.genfromtxt(finished / "results/history.csv", delimiter=",", names=True)
+    metrics = json.loads((finished / "results/metrics.json").read_text())
+    client = mlflow.MlflowClient()
+
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["model.md5"] == lock["train"]["outs"][1]["md5"]
+    assert run.data.tags["git.commit"] == project.run(finished, "git", "rev-parse", "HEAD~").stdout.strip()
+    assert run.data.tags["git.branch"] == "main"
+    assert run.data.tags["git.uncommitted"] == ""
+    assert {"python", "torch", "cpu", "threads"} <= run.data.tags.keys()
+    assert run.data.params["model.hidden"] == "[32]"
+    assert run.data.params["train.lr"] == "0.1"
+    assert run.inputs is not None
+    (dataset,) = run.inputs.dataset_inputs
+    assert dataset.dataset.digest == run.data.tags["data.digest"] == data.DIGEST
+    for name in ("train_loss", "train_acc", "test_loss", "test_acc"):
+        logged = {metric.step: metric.value for metric in client.get_metric_history(run.info.run_id, name)}
+        assert logged == dict(enumerate(history[name]))
+    assert run.data.metrics["accuracy"] == metrics["accuracy"] > 0.9
+    assert run.data.metrics["recall_7"] == metrics["recall"][7]
+    artifacts = {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
+    assert artifacts >= {"params.yaml", "dvc.lock", "metrics.json", "plots"}
+    assert len(client.list_artifacts(run.info.run_id, "plots")) == 6
+
+
+def test_the_tracked_model_takes_raw_images_and_predicts_what_the_pipeline_did(finished: Path, mnist: Path) -> None:
+    (run,) = project.runs(finished)
+    assert run.outputs is not None
+    uri = f"models:/{run.outputs.model_outputs[0].model_id}"
+    model = mlflow.pyfunc.load_model(uri)
+    probabilities = model.predict(data.load("t10k", mnist)[0])
+    predictions = np.genfromtxt(finished / "results/predictions.csv", delimiter=",", names=True)
+    assert probabilities.shape == (10_000, 10)
+    assert np.array_equal(probabilities.argmax(1), predictions["predicted"])
+    assert np.allclose(probabilities.max(1), predictions["probability"], atol=2e-6)
+    files = list((finished / "mlruns").rglob("*"))
+    assert any(file.suffix == ".pt2" for file in files)
+    assert not any(file.suffix in (".pkl", ".pickle", ".pth") for file in files)
+
+
+def test_metrics_hold_what_the_predictions_say(finished: Path) -> None:
+    predictions = np.genfromtxt(finished / "results/predictions.csv", delimiter=",", names=True)
+    metrics = json.loads((finished / "results/metrics.json").read_text())
+    right = predictions["actual"] == predictions["predicted"]
+    assert metrics["accuracy"] == right.mean()
+    batches = [right[start : start + 128].mean() for start in range(0, 10_000, 128)]
+    assert metrics["batch_mean_accuracy"] == pytest.approx(np.mean(batches), abs=1e-6)
+    assert np.sum(metrics["confusion"]) == 10_000
+    for digit in range(10):
+        taken, given = predictions["predicted"] == digit, predictions["actual"] == digit
+        assert metrics["precision"][digit] == pytest.approx((taken & given).sum() / taken.sum(), abs=1e-6)
+        assert metrics["recall"][digit] == pytest.approx((taken & given).sum() / given.sum(), abs=1e-6)
+
+
+def test_another_folder_time_and_number_of_threads_give_the_same_bytes(finished: Path, tmp_path: Path) -> None:
+    clone = tmp_path / "a clone"
+    project.run(tmp_path, "git", "clone", "--quiet", str(finished), str(clone))
+    shutil.copytree(finished / "data/MNIST/raw", clone / "data/MNIST/raw", dirs_exist_ok=True)
+    project.run(clone, "dvc", "repro", env=project.environment(OMP_NUM_THREADS="1"))
+    assert project.contents(clone) == project.contents(finished)
+    assert project.run(clone, "git", "status", "--porcelain").stdout == ""
+    assert project.runs(clone)[0].data.tags["threads"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("edit", "due"),
+    [
+        ({}, []),
+        ({"plot.dpi": 120}, ["plot"]),
+        ({"evaluate.target_accuracy": 0.6}, ["evaluate"]),
+        ({"train.lr": 0.05}, ["train"]),
+        ({"data.timeout": 5.0}, ["download"]),
+    ],
+)
+def test_an_edit_runs_only_what_it_touches(repository: Path, edit: dict[str, object], due: list[str]) -> None:
+    """And those behind it, if its output changes, which a dry run cannot know."""
+    project.edit(repository, edit)
+    output = project.run(repository, "dvc", "repro", "--dry").stdout
+    assert [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")] == due
+
+
+def test_two_revisions_compare(repository: Path) -> None:
+    project.edit(repository, {"train.lr": 0.05})
+    project.run(repository, "dvc", "repro")
+    metrics = project.run(repository, "dvc", "metrics", "diff", "--json").stdout
+    assert json.loads(metrics)["results/metrics.json"].keys() == {"accuracy", "batch_mean_accuracy", "loss"}
+    project.run(repository, "dvc", "plots", "diff", "--out", "page", "HEAD")
+    page = (repository / "page/index.html").read_text()
+    assert all(word in page for word in ("train_loss", "test_acc", "predicted"))
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        ({"train.lr": "fast"}, "params.yaml: train.lr is 'fast': input should be a valid number"),
+        (DIVERGING, "train: diverged in epoch 0: the loss is"),
+        ({"train.device": "cuda"}, "params.yaml: train.device is 'cuda', but PyTorch finds no usable GPU here"),
+    ],
+)
+def test_a_failing_stage_says_why_in_one_line_and_leaves_the_last_good_results(
+    finished: Path, repository: Path, edit: dict[str, object], message: str
+) -> None:
+    project.edit(repository, edit)
+    done = project.run(repository, "dvc", "repro", check=False)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert project.contents(repository) == project.contents(finished)
+
+
+def test_a_deleted_store_is_filled_again(repository: Path) -> None:
+    project.run(repository, "dvc", "repro", "--force", "evaluate", "--single-item")
+    project.run(repository, "dvc", "repro", "--force", "plot", "--single-item")
+    (run,) = project.runs(repository)
+    assert "Trained elsewhere" in run.data.tags["mlflow.note.content"]
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics.keys() >= {"train_loss", "test_acc", "accuracy"}
+    assert run.outputs is not None
+    assert mlflow.pyfunc.load_model(f"models:/{run.outputs.model_outputs[0].model_id}")
+
+
+def stop(repository: Path, stage: str, seconds: float, number: signal.Signals) -> None:
+    """Start one stage under DVC, and send the two a signal some seconds later."""
+    process = subprocess.Popen(
+        ["dvc", "repro", "--force", "--single-item", stage],
+        cwd=repository, env=project.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    with process.stdout as lines:
+        assert any(line.startswith("> python -m stages") for line in lines)
+        time.sleep(seconds)
+        os.killpg(process.pid, number)
+        for _ in lines:  # until all that hold the pipe have ended
+            pass
+    process.wait(60)
+
+
+@pytest.mark.parametrize(
+    ("stage", "seconds"),
+    [("download", 0.3), ("train", 6), ("evaluate", 4), ("plot", 4)],
+)
+def test_killed_at_any_moment_the_next_run_gives_the_same_bytes(
+    finished: Path, repository: Path, stage: str, seconds: float
+) -> None:
+    stop(repository, stage, seconds, signal.SIGKILL)
+    project.run(repository, "dvc", "repro")
+    assert project.contents(repository) == project.contents(finished)
+    assert project.run(repository, "git", "status", "--porcelain").stdout == ""
+
+
+def test_no_run_is_left_running(repository: Path) -> None:
+    """Interrupted politely it is marked at once; after `kill -9`, by the next that comes to the store."""
+    project.edit(repository, {"train.epochs": 1000})
+    for number in (signal.SIGKILL, signal.SIGTERM):
+        stop(repository, "train", 8, number)
+    project.edit(repository, DIVERGING)
+    project.run(repository, "dvc", "repro", "train", check=False)
+    assert [run.info.status for run in project.runs(repository)] == ["FAILED", "KILLED", "KILLED"]
+
+
+def test_a_damaged_or_malicious_file_is_refused(repository: Path) -> None:
+    model = repository / "results/model.safetensors"
+    whole, trap = model.read_bytes(), repository / "trap"
+    stage = [sys.executable, "-m", "stages.evaluate"]
+
+    model.write_bytes(whole[:-100])
+    assert "not a whole safetensors file" in project.run(repository, *stage, check=False).stderr
+    model.write_bytes(pickle.dumps(Trap(trap)))
+    done = project.run(repository, *stage, check=False)
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+    assert "not a whole safetensors file" in done.stderr
+    assert not trap.exists()
+
+    model.write_bytes(whole)
+    images = repository / "data/MNIST/raw/t10k-images-idx3-ubyte"
+    with images.open("r+b") as file:
+        file.seek(5_000_000)
+        file.write(b"damaged")
+    done = project.run(repository, *stage, check=False)
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+    assert "t10k-images-idx3-ubyte is damaged" in done.stderr
+
+
+class Trap:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_weights_of_another_net_are_refused(repository: Path) -> None:
+    project.edit(repository, {"model.hidden": [32, 32]})
+    done = project.run(repository, sys.executable, "-m", "stages.evaluate", check=False)
+    assert done.stderr.startswith("evaluate: results/model.safetensors holds another net's weights")
+
+
+@pytest.mark.parametrize(
+    ("mount", "reason"), [("size=64k", "No space left on device"), ("ro", "Read-only file system")]
+)
+def test_a_full_or_read_only_disk_leaves_what_was_there(
+    finished: Path, repository: Path, mount: str, reason: str
+) -> None:
+    """In a mount namespace of its own, where `results` is a small or a read-only file system."""
+    script = f"""
+        cp -a results /tmp/before 2>/dev/null; mount -t tmpfs -o size=64m tmpfs /mnt && cp -a results/. /mnt
+        used=$(du -sk /mnt | cut -f1); size=$((used + 64))k
+        mount -o remount,{mount.replace("size=64k", "size=$size")} /mnt && mount --bind /mnt results
+        dvc repro --force --single-item evaluate; status=$?
+        cp -a results/. "$1"; exit $status"""
+    if project.run(repository, "unshare", "-rm", "true", check=False).returncode:
+        pytest.skip("no mount namespaces here")
+    after = repository.parent / "after"
+    after.mkdir()
+    done = project.run(repository, "unshare", "-rm", "sh", "-c", script, "sh", str(after), check=False)
+    assert done.returncode != 0
+    assert reason in done.stderr
+    assert "Traceback" not in done.stderr
+    for name in ("metrics.json", "predictions.csv", "model.safetensors"):
+        assert (after / name).read_bytes() == (finished / "results" / name).read_bytes()
+
+
+def test_nothing_calls_home(finished: Path) -> None:
+    for option in ("core.analytics", "core.check_update"):
+        assert project.run(finished, "dvc", "config", option).stdout.strip() == "false"
+    script = "import stages, mlflow.telemetry.utils as t; print(t.is_telemetry_disabled())"
+    assert project.run(finished, sys.executable, "-c", script).stdout.strip() == "True"
