@@ -1,11 +1,12 @@
 # `make` alone lists the commands. All of them work in .venv, which they set up when it is missing or out of date.
 PYTHON ?= python3
+MODEL ?= models:/mnist-mlp@champion
 BIN := .venv/bin
 export MLFLOW_DISABLE_TELEMETRY := true
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test bench lock
+.PHONY: help setup repro test verify serve bench lock
 
 help:  ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -21,6 +22,12 @@ test: setup  ## lint, check the types and run the tests
 	@ruff format --check
 	@mypy
 	@python -m pytest
+
+verify: setup  ## run again what made MODEL (the champion, or models:/NAME/VERSION, or a run id), and compare
+	@python -m stages.verify '$(MODEL)'
+
+serve: setup  ## answer on 127.0.0.1:5001 from the champion
+	@python -m stages.serve
 
 bench: setup  ## time our training loop against the textbook's and against the bare matrix products
 	@python -m tests.benchmark

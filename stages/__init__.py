@@ -19,6 +19,8 @@ if CPUINFO.exists() and " avx2 " in CPUINFO.read_text():
 os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # deterministic products, where train.device is cuda
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+# A model's .pt2 file has its weights pickled. Told so, MLflow opens it only if these pickles hold nothing but tensors.
+os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"
 
 
 MODEL = Path("results/model.safetensors")
@@ -55,5 +57,6 @@ def write(path: Path, content: bytes | str) -> None:
             os.fsync(file.fileno())
         part.replace(path)
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise StageError(f"cannot write {path}: {error.strerror}; what was there before is untouched") from error
+    finally:
+        part.unlink(missing_ok=True)

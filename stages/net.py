@@ -72,7 +72,7 @@ def mlp(hidden: Sequence[int]) -> nn.Sequential:
 
 def normalise(images: Tensor, mean: float, std: float) -> Tensor:
     """Turn grey levels 0 to 255, (N, 28, 28) uint8, into the net's input, (N, 784) float32."""
-    return images.flatten(1).float().div(255).sub(mean).div(std)
+    return images.flatten(1).float().div_(255).sub_(mean).div_(std)
 
 
 def score(net: nn.Module, images: Tensor, batch_size: int) -> Tensor:

@@ -115,21 +115,20 @@ def run_of_model(p: Params) -> Iterator[Tracked]:
     """Open the run that trained the model file; where this store has none, a new one, filled from the files.
 
     Raises:
-        StageError: no MLflow store is to be had, or the model file is damaged.
+        StageError: no MLflow store is to be had, it was lost on the way, or the model file is damaged.
     """
     weights = MODEL.read_bytes()
     connect()
     runs = _search(f"tags.`model.md5` = '{md5(weights)}'")
-    if runs:
-        with _run(run_id=runs[0].info.run_id) as tracked:
-            yield tracked
-        return
     note = f"Trained elsewhere, or while MLflow was away: filled in from `{HISTORY}` and `{MODEL}`."
-    with new_run(p, **{"mlflow.note.content": note}) as tracked:
-        for row in csv.DictReader(HISTORY.open()):
-            tracked.log_epoch(int(row.pop("epoch")), {name: float(value) for name, value in row.items()})
-        tracked.log_model(p, weights)
+    with _run(run_id=runs[0].info.run_id) if runs else new_run(p, **{"mlflow.note.content": note}) as tracked:
+        if not runs:
+            for row in csv.DictReader(HISTORY.open()):
+                tracked.log_epoch(int(row.pop("epoch")), {name: float(value) for name, value in row.items()})
+            tracked.log_model(p, weights)
         yield tracked
+    if tracked.lost:  # unlike a training, this takes seconds: DVC is to take it for undone and repeat it
+        raise StageError("MLflow has not got all of it; `dvc repro` runs this stage again")
 
 
 def register(tracked: Tracked, p: Params, accuracy: float) -> str:
@@ -171,8 +170,12 @@ def md5(content: bytes) -> str:
     return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
-def connect() -> None:
-    """Choose the store: MLFLOW_TRACKING_URI, or mlflow.db in the repository, where `mlflow ui` looks by itself."""
+def store() -> str:
+    """Name the store: MLFLOW_TRACKING_URI, or mlflow.db in the repository, where `mlflow ui` looks by itself.
+
+    Raises:
+        StageError: it is a server, and does not answer.
+    """
     uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
     if uri.startswith("http"):
         try:
@@ -181,10 +184,19 @@ def connect() -> None:
             raise StageError(
                 f"no MLflow server answers at MLFLOW_TRACKING_URI={uri} ({error}); start it, or unset it"
             ) from None
-    artifacts = None
     if uri.startswith("sqlite:///"):
         uri = f"sqlite:///{ROOT / uri.removeprefix('sqlite:///')}"
-        artifacts = (ROOT / "mlruns").as_uri()
+    return uri
+
+
+def connect() -> None:
+    """Make the store ready for a run.
+
+    Raises:
+        StageError: no MLflow store is to be had.
+    """
+    uri = store()
+    artifacts = (ROOT / "mlruns").as_uri() if uri.startswith("sqlite:///") else None
     mlflow.set_tracking_uri(uri)
     try:
         with _lock():  # whoever comes first makes the tables
@@ -214,6 +226,8 @@ def _close_left_running() -> None:
     for run in _search(f"attributes.status = 'RUNNING' and tags.host = '{platform.node()}'"):
         try:
             os.kill(int(run.data.tags["pid"]), 0)  # signal 0 only asks whether the process is there
+        except PermissionError:  # it is, and another user's
+            continue
         except ProcessLookupError:
             mlflow.MlflowClient().set_terminated(run.info.run_id, "KILLED")
 

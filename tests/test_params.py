@@ -1,0 +1,147 @@
+"""What ``params.yaml`` may hold, and what the user is told where it holds something else."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from stages import StageError, params
+
+ROOT = Path(__file__).parents[1]
+GOOD = (ROOT / params.PARAMS).read_text(encoding="utf-8")
+
+
+def edited(key: str, value: str) -> str:
+    """The repository's own file, in which the first line ``key: ...`` says ``key: value``."""
+    lines = GOOD.splitlines()
+    index = next(i for i, line in enumerate(lines) if line.strip().startswith(f"{key}:"))
+    indent = lines[index].partition(key)[0]
+    lines[index] = f"{indent}{key}: {value}"
+    return "\n".join(lines)
+
+
+def load(tmp_path: Path, content: str | bytes) -> params.Params:
+    path = tmp_path / "params.yaml"
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return params.load(path)
+
+
+@pytest.mark.parametrize("text", ["1e-3", "0.001", "1.0E-03", ".1e-2"])
+def test_numbers_are_read_as_dvc_reads_them(text: str, tmp_path: Path) -> None:
+    assert load(tmp_path, edited("lr", text)).train.lr == 0.001
+
+
+def test_every_parameter_goes_by_the_name_that_dvc_has_for_it(tmp_path: Path) -> None:
+    flat = load(tmp_path, edited("hidden", "[7]")).flat()
+    assert flat["model.hidden"] == [7]
+    assert {"train.seed", "train.epochs", "train.batch_size", "train.lr", "data.mirrors", "data.mean"} <= flat.keys()
+    assert all(f"{key.split('.')[1]}:" in GOOD for key in flat)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (edited("lr", ".nan"), ["train.lr", "nan", "finite"]),
+        (edited("lr", ".inf"), ["train.lr", "inf", "finite"]),
+        (edited("lr", "true"), ["train.lr", "True", "number"]),
+        (edited("lr", '"0.1"'), ["train.lr", "'0.1'", "number"]),
+        (edited("lr", "0"), ["train.lr", "0", "greater than 0"]),
+        (edited("lr", "1e39"), ["train.lr", "1e+39", "less than"]),
+        (edited("lr", ""), ["train.lr", "None", "number"]),
+        (edited("epochs", "2.5"), ["train.epochs", "2.5", "integer"]),
+        (edited("epochs", "0"), ["train.epochs", "0", "greater than or equal to 1"]),
+        (edited("seed", "-1"), ["train.seed", "-1", "greater than or equal to 0"]),
+        (edited("seed", "0x" + 5000 * "f"), ["train.seed", "huge", "less than 9223372036854775808"]),
+        (edited("hidden", "[400, 0]"), ["model.hidden.1", "0", "greater than or equal to 1"]),
+        (edited("hidden", "400"), ["model.hidden", "400", "list"]),
+        (edited("device", "tpu"), ["train.device", "'tpu'", "'cpu' or 'cuda'"]),
+        (edited("mirrors", "\n    - ftp://example.org"), ["data.mirrors.0", "ftp://example.org", "https"]),
+        (edited("timeout", "1e300"), ["data.timeout", "1e+300", "less than"]),
+        (edited("lr", "0.1\n  momentum: 0.9"), ["train.momentum", "0.9", "seed, epochs, batch_size, lr"]),
+        (edited("lr", "0.1\n  7: 0.9"), ["train.7", "string"]),
+        (
+            edited("lr", "0.1").replace("  lr:", "  learning_rate:"),
+            ["train.learning_rate", "0.1", "seed, epochs, batch_size, lr"],
+        ),
+        (GOOD.replace("  register:", "  registr:"), ["evaluate.registr", "target_accuracy, register"]),
+        (GOOD + "\nserve: {port: 80}\n", ["serve", "80", "data, model, train, evaluate, plot"]),
+        (GOOD + '\n"two\\nlines": 1\n', ["two\\nlines", "1", "data, model, train, evaluate, plot"]),
+        (GOOD.partition("\nplot:")[0], ["plot", "missing"]),
+        (GOOD.partition("\nplot:")[0] + "\nplot:\n", ["plot", "None", "dpi, wrong_digits"]),
+        ("", ["None", "data, model, train, evaluate, plot"]),
+        ("- train\n- plot\n", ["['train', 'plot']", "data, model, train, evaluate, plot"]),
+        ("train:\n\tlr: 0.1\n", ["line 2", "YAML", r"\t"]),
+        (edited("hidden", "[400, 200"), ["line", "YAML"]),
+        ("\x07", ["YAML", "#x0007"]),
+        (b"\x89PNG\r\n\x1a\n\x00\xff", ["UTF-8"]),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line_with_key_value_and_what_is_allowed(
+    content: str | bytes, words: list[str], tmp_path: Path
+) -> None:
+    with pytest.raises(StageError) as caught:
+        load(tmp_path, content)
+    text = str(caught.value).removeprefix(str(tmp_path))
+    assert text.isprintable()
+    assert len(text) < 250
+    assert [word for word in words if word not in text] == []
+
+
+def test_a_missing_file_is_said_with_the_remedy(tmp_path: Path) -> None:
+    with pytest.raises(StageError, match=r"params\.yaml: no such file; run from the repository's root"):
+        params.load(tmp_path / "params.yaml")
+
+
+pieces = (
+    st.text()
+    | st.text("0123456789abx_.:-+eE[]{}&*!<>|?#'\"%@~,\t\n ")
+    | st.sampled_from(["!!int ", "!!bool ", "<<: *"])
+)
+anywhere = st.builds(
+    lambda at, piece, cut: GOOD[:at] + piece + GOOD[at + cut :], st.integers(0, len(GOOD)), pieces, st.integers(0, 20)
+)
+
+
+@settings(deadline=None)
+@given(content=pieces | anywhere | st.binary())
+@example(content="[" * 1000)
+@example(content="0b_")
+@example(content="2001-99-99")
+@example(content="!!timestamp x")
+@example(content="&a [*a]")
+@example(content="&a {data: *a}")
+@example(content="&a {<<: *a}")
+@example(content="? {}\n: 1")
+@example(content='"\\ud800": 1')
+@example(content=edited("seed", 5000 * "9"))
+@example(
+    content=edited(
+        "lr", "[" + "&a [1,1,1,1,1,1,1,1,1,1],&b [*a,*a,*a,*a,*a,*a],&c [*b,*b,*b,*b,*b,*b],&d [*c,*c,*c,*c,*c,*c]]"
+    )
+)
+def test_whatever_the_file_holds_it_is_read_or_refused_in_one_line(
+    content: str | bytes, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    refusal = ""
+    try:
+        load(tmp_path_factory.getbasetemp(), content)
+    except StageError as error:
+        refusal = str(error)
+    assert len(refusal.splitlines()) <= 1
+    assert len(refusal) < 1000
+
+
+def test_a_stage_refuses_with_one_line_on_stderr_and_status_1(tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text(edited("epochs", "many"))
+    command = [sys.executable, "-m", "stages.train"]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    assert process.returncode == 1
+    (line,) = process.stderr.splitlines()
+    assert line.startswith("train: params.yaml: train.epochs is 'many': ")
+    assert process.stdout == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["params.yaml"]
