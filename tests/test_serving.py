@@ -1,0 +1,261 @@
+import http.client
+import json
+import runpy
+import socket
+import sys
+import urllib.parse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlflow
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from stages import StageError, champion, data, net, params, predict, serve, tracking, train
+from tests.loopback import running
+
+ROOT = Path(__file__).parents[1]
+# Whatever somebody wanted to download, they would have to ask for where nobody answers.
+OFFLINE = {"PYTHONPATH": str(ROOT)} | dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
+
+
+class Repository(NamedTuple):
+    folder: Path  # with an MLflow store of its own
+    model: net.ImageClassifier  # its champion
+
+
+@pytest.fixture(scope="module")
+def repository(mnist: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Repository]:
+    """A folder with a champion that has seen a sixth of MNIST once."""
+    folder = tmp_path_factory.mktemp("repository")
+    (folder / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
+    (folder / "data").mkdir()
+    (folder / "data/MNIST").symlink_to(mnist.parent)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(tracking, "ROOT", folder)
+        for name in ("MLFLOW_TRACKING_URI", "DVC_ROOT", "DVC_EXP_NAME"):
+            patch.delenv(name, raising=False)
+        p = params.load()
+        images, labels = (torch.from_numpy(array)[:10_000] for array in data.load("train"))
+        inputs = net.normalise(images, p.data.mean, p.data.std)
+        torch.manual_seed(p.train.seed)
+        model = net.mlp(p.model.hidden)
+        for _ in train.train_epoch(model, inputs, labels.long(), torch.arange(10_000), 64, p.train.lr):
+            pass
+        with tracking.new_run(p) as tracked:
+            tracked.log_model(p, safetensors.torch.save(model.state_dict()))
+        crown(tracking.CHAMPION)
+        yield Repository(folder, net.ImageClassifier(model, p.data.mean, p.data.std))
+
+
+def crown(alias: str) -> None:
+    """Register the model that was logged last, with an alias."""
+    model = mlflow.last_logged_model()
+    assert model
+    version = mlflow.register_model(model.model_uri, tracking.REGISTERED)
+    mlflow.MlflowClient().set_registered_model_alias(tracking.REGISTERED, alias, version.version)
+
+
+@pytest.fixture(scope="module")
+def digits(mnist: Path) -> NDArray[np.uint8]:
+    return data.load("t10k", mnist)[0]
+
+
+@pytest.fixture(scope="module")
+def url(repository: Repository) -> Iterator[str]:
+    with running(sys.executable, "-m", "stages.serve", "--port", "{port}", cwd=repository.folder, env=OFFLINE) as url:
+        yield url
+
+
+def post(url: str, body: Any) -> tuple[int, Any]:
+    """Status and content of the answer; a body in pieces, or without a known length, is sent as it comes."""
+    connection = http.client.HTTPConnection(urllib.parse.urlsplit(url).netloc, timeout=30)
+    connection.request("POST", "/invocations", body)
+    response = connection.getresponse()
+    return response.status, json.loads(response.read())
+
+
+def assert_serves(url: str, repository: Repository, images: NDArray[np.uint8]) -> None:
+    status, answer = post(url, json.dumps({"inputs": images.tolist()}))
+    assert status == 200
+    with torch.no_grad():
+        expected = repository.model(torch.from_numpy(images)).numpy()
+    np.testing.assert_allclose(answer["predictions"], expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 7, 300])
+def test_images_become_the_models_probabilities(
+    url: str, repository: Repository, digits: NDArray[np.uint8], count: int
+) -> None:
+    assert_serves(url, repository, digits[:count])
+
+
+def with_pixel(value: object) -> str:
+    image: list[list[object]] = [[0] * 28 for _ in range(28)]
+    image[3][4] = value
+    return json.dumps({"inputs": [image]})
+
+
+def of_shape(*shape: int) -> str:
+    return json.dumps({"inputs": np.zeros(shape, int).tolist()})
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        pytest.param(with_pixel(300), "inputs[0][3][4]: Input should be less than or equal to 255", id="300"),
+        pytest.param(with_pixel(-1), "inputs[0][3][4]: Input should be greater than or equal to 0", id="-1"),
+        pytest.param(with_pixel(10**400), "inputs[0][3][4]: Input should be less than or equal to 255", id="10**400"),
+        pytest.param(with_pixel(1.5), "inputs[0][3][4]: Input should be a valid integer", id="1.5"),
+        pytest.param(with_pixel("12"), "inputs[0][3][4]: Input should be a valid integer", id="string"),
+        pytest.param(with_pixel(True), "inputs[0][3][4]: Input should be a valid integer", id="true"),
+        pytest.param(with_pixel(None), "inputs[0][3][4]: Input should be a valid integer", id="null"),
+        pytest.param(with_pixel(float("nan")), "inputs[0][3][4]: Input should be a valid integer", id="NaN"),
+        pytest.param(with_pixel([0]), "inputs[0][3][4]: Input should be a valid integer", id="ragged"),
+        pytest.param(of_shape(28, 28), "inputs[0][0]: Input should be a valid array", id="no batch"),
+        pytest.param(of_shape(1, 784), "inputs[0][0]: Input should be a valid array", id="flat"),
+        pytest.param(of_shape(1, 1, 28, 28), "inputs[0][0][0]: Input should be a valid integer", id="channels"),
+        pytest.param(of_shape(2, 28, 27), "inputs[0][0]: List should have at least 28 items", id="narrow"),
+        pytest.param(of_shape(2, 29, 28), "inputs[0]: List should have at most 28 items", id="high"),
+        pytest.param(of_shape(0), "inputs: List should have at least 1 item", id="empty batch"),
+        pytest.param('{"inputs": "7"}', "inputs: Input should be a valid array", id="text"),
+        pytest.param('{"input": []}', "inputs: Field required", id="no inputs"),
+        pytest.param("[]", "body: Input should be an object", id="list"),
+        pytest.param("", "body: Invalid JSON: EOF", id="empty"),
+        pytest.param('{"inputs": [[', "body: Invalid JSON: EOF", id="cut short"),
+        pytest.param(b'{"inputs": "\xff"}', "body: Invalid JSON: invalid unicode", id="not UTF-8"),
+        pytest.param("[" * 100_000, "body: Invalid JSON: recursion limit exceeded", id="deep"),
+        pytest.param('{"inputs": [[[' + "1" * 1_000_000, "body: Invalid JSON: number out of range", id="long number"),
+    ],
+)
+def test_a_wrong_request_is_told_why_and_the_next_is_served(
+    url: str, repository: Repository, digits: NDArray[np.uint8], body: str | bytes, reason: str
+) -> None:
+    status, answer = post(url, body)
+    assert status == 400
+    assert answer["detail"].startswith(reason)
+    assert_serves(url, repository, digits[:1])
+
+
+def test_a_huge_request_is_told_so_and_the_next_is_served(
+    url: str, repository: Repository, digits: NDArray[np.uint8]
+) -> None:
+    piece = b"[" + b"0," * (1 << 19)
+    for body in (piece * 100, iter([piece] * 100)):  # with its length ahead, and without
+        status, answer = post(url, body)
+        assert status == 413
+        assert answer["detail"].startswith(
+            f"{100 * len(piece):,} bytes are more than the {serve.LIMIT:,} of one request"
+        )
+    status, _ = post(url, b'{"inputs": [' + b"0," * (serve.LIMIT // 2 - 100))  # as much as is read at all
+    assert status == 400
+    assert_serves(url, repository, digits[:1])
+
+
+def test_a_client_that_hangs_up_leaves_the_server_as_it_was(
+    url: str, repository: Repository, digits: NDArray[np.uint8]
+) -> None:
+    address = urllib.parse.urlsplit(url)
+    assert address.hostname
+    assert address.port
+    with socket.create_connection((address.hostname, address.port)) as connection:
+        connection.sendall(b'POST /invocations HTTP/1.1\r\nHost: mnist\r\nContent-Length: 1000\r\n\r\n{"inputs": ')
+    assert_serves(url, repository, digits[:1])
+
+
+def test_pictures_on_disk_are_read_whatever_they_look_like(
+    repository: Repository,
+    digits: NDArray[np.uint8],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with torch.no_grad():
+        probabilities = repository.model(torch.from_numpy(digits)).numpy()
+    sure = np.flatnonzero(probabilities.max(1) > 0.999)[:5]
+    light = [Image.fromarray(digits[index]) for index in sure]
+    pictures = {
+        "light on dark.png": light[0],
+        "dark on light.png": ImageOps.invert(light[1]),
+        "large.jpg": ImageOps.invert(light[2]).resize((300, 200), Image.Resampling.BICUBIC).convert("RGB"),
+        "small on a large sheet.png": ImageOps.expand(ImageOps.invert(light[3]), (200, 10, 50, 300), fill=255),
+        "transparent.png": Image.new("RGBA", (28, 28), "navy"),
+    }
+    pictures["transparent.png"].putalpha(light[4])
+    for name, picture in pictures.items():
+        picture.save(tmp_path / name)
+    Image.new("L", (50, 50), 200).save(tmp_path / "blank.png")
+    (tmp_path / "not a picture.png").write_text("7")
+    (tmp_path / "cut short.png").write_bytes((tmp_path / "large.jpg").read_bytes()[:1000])
+
+    wrong = {
+        "blank.png": "a blank picture: nothing on it stands out from its border",
+        "not a picture.png": "not a picture that Pillow can read",
+        "cut short.png": "not a whole picture: image file is truncated",
+        "missing.png": "No such file or directory",
+    }
+    paths = [tmp_path / name for name in [*pictures, *wrong]]
+    monkeypatch.setattr(sys, "argv", ["stages.predict", *map(str, paths)])
+    monkeypatch.delitem(sys.modules, "stages.predict")  # so that it is run as by `python -m`
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("stages.predict", run_name="__main__")
+    assert ended.value.code == 1
+    output = capsys.readouterr()
+    lines = [line.rpartition(", probability ") for line in output.out.splitlines()]
+    assert [found for found, _, _ in lines] == [
+        f"{path}: {probabilities[index].argmax()}" for path, index in zip(paths, sure, strict=False)
+    ]
+    assert all(0.1 < float(probability) <= 1 for _, _, probability in lines)
+    for line, (name, reason) in zip(output.err.splitlines(), wrong.items(), strict=True):
+        assert line.startswith(f"predict: {tmp_path / name}: {reason}")
+
+
+def test_a_digit_of_mnist_comes_out_as_it_went_in(digits: NDArray[np.uint8]) -> None:
+    made = np.stack([predict.as_mnist(digit.astype(np.float32)) for digit in digits[:500]])
+    unchanged = (np.abs(made.astype(int) - digits[:500]) <= 51).all((1, 2))  # a fifth: what counts as paper
+    assert unchanged.mean() > 0.9
+
+
+def test_ink_is_what_differs_from_the_border(digits: NDArray[np.uint8]) -> None:
+    light = digits[0].astype(np.float32)
+    expected = predict.as_mnist(light)
+    for picture in (255 - light, 90 + light / 2, np.pad(light, ((3, 90), (40, 0)))):
+        assert np.abs(predict.as_mnist(picture).astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "F"])
+def test_any_kind_of_picture_is_read_upright(mode: str, tmp_path: Path) -> None:
+    levels = np.zeros((20, 30), np.uint8)
+    levels[2:10, 4:8] = 255
+    picture = (
+        Image.fromarray(levels.astype(np.uint16) * 257) if mode == "I;16" else Image.fromarray(levels).convert(mode)
+    )
+    exif = Image.Exif()
+    exif[0x0112] = 6  # taken with the camera held upright: to be turned by a quarter, clockwise
+    picture.save(tmp_path / "picture.tiff", exif=exif)
+    assert np.array_equal(predict.grey_levels(tmp_path / "picture.tiff"), np.rot90(levels, -1))
+
+
+@pytest.mark.parametrize("missing", ["REGISTERED", "CHAMPION"])
+@pytest.mark.usefixtures("repository")
+def test_without_a_champion_it_says_what_to_do(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, missing, "nobody")
+    with pytest.raises(
+        StageError, match=r"no usable models:/.*nobody.*not found.*; `make repro` trains and registers one"
+    ):
+        champion.load()
+
+
+@pytest.mark.usefixtures("repository")
+def test_a_pickled_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow.pytorch.log_model(net.mlp([]), name="pickled", serialization_format="pickle", pip_requirements=[])
+    crown("pickled")
+    monkeypatch.setattr(tracking, "CHAMPION", "pickled")
+    with pytest.raises(StageError, match="pickle is disallowed"):
+        champion.load()
