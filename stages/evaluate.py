@@ -45,7 +45,7 @@ def main() -> None:
         rows = zip(labels.tolist(), predicted.tolist(), probabilities.tolist(), strict=True)
         write(PREDICTIONS, "actual,predicted,probability\n" + "".join(f"{a},{b},{c:.6f}\n" for a, b, c in rows))
         by_digit = {
-            f"{name}_{digit}": v for name, values in rounded_per_class.items() for digit, v in enumerate(values)
+            f"{name}/{digit}": v for name, values in rounded_per_class.items() for digit, v in enumerate(values)
         }
         tracked.log(lambda: mlflow.log_metrics(rounded | by_digit))
         tracked.log(lambda: mlflow.log_artifact(str(METRICS)))

@@ -35,6 +35,7 @@ from stages.params import Params
 EXPERIMENT = "mnist"
 REGISTERED = "mnist-mlp"
 CHAMPION = "champion"
+TRAINING_PAGE = {"mlflow.experimentKind": "custom_model_development"}  # rather than the page for language models
 ROOT = Path(os.environ.get("DVC_ROOT", ".")).resolve()  # the repository, even where DVC works in a temporary copy of it
 
 
@@ -201,7 +202,7 @@ def connect() -> None:
     try:
         with _lock():  # whoever comes first makes the tables
             if mlflow.get_experiment_by_name(EXPERIMENT) is None:
-                mlflow.create_experiment(EXPERIMENT, artifacts)
+                mlflow.create_experiment(EXPERIMENT, artifacts, TRAINING_PAGE)
             mlflow.set_experiment(EXPERIMENT)
             _close_left_running()
     except (MlflowException, OSError) as error:

@@ -60,7 +60,7 @@ def test_one_pipeline_run_is_one_mlflow_run_with_all_that_leads_back_to_its_orig
         logged = {metric.step: metric.value for metric in client.get_metric_history(run.info.run_id, name)}
         assert logged == dict(enumerate(history[name]))
     assert run.data.metrics["accuracy"] == metrics["accuracy"] > 0.9
-    assert run.data.metrics["recall_7"] == metrics["recall"][7]
+    assert run.data.metrics["recall/7"] == metrics["recall"][7]
     artifacts = {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
     assert artifacts >= {"params.yaml", "dvc.lock", "metrics.json", "plots"}
     assert len(client.list_artifacts(run.info.run_id, "plots")) == 6
