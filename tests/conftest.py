@@ -1,4 +1,4 @@
-"""MNIST for all tests: the real files, and a folder that serves as a mirror of them."""
+"""What several test files start from: MNIST's real files, a mirror of them, and a repository whose pipeline has run."""
 
 import gzip
 import subprocess
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from stages.data import RAW, SHA256
+from tests import project
 
 ROOT = Path(__file__).parents[1]
 
@@ -27,4 +28,13 @@ def mirror(mnist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("mirror")
     for name in SHA256:
         (folder / f"{name}.gz").write_bytes(gzip.compress((mnist / name).read_bytes(), compresslevel=1))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finished(mnist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository after its first `dvc repro`, all committed. Not to be changed: copy it."""
+    folder = project.make(tmp_path_factory.mktemp("finished"), mnist)
+    project.run(folder, "dvc", "repro")
+    project.commit(folder)
     return folder

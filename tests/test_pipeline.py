@@ -21,15 +21,6 @@ from tests import project
 DIVERGING: dict[str, object] = {"train.lr": 10.0}
 
 
-@pytest.fixture(scope="module")
-def finished(mnist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A repository after its first `dvc repro`, all committed. Not to be changed: copy it."""
-    folder = project.make(tmp_path_factory.mktemp("finished"), mnist)
-    project.run(folder, "dvc", "repro")
-    project.commit(folder)
-    return folder
-
-
 @pytest.fixture
 def repository(finished: Path, tmp_path: Path) -> Path:
     """A finished repository to do things to; its MLflow store is empty."""

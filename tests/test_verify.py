@@ -14,14 +14,6 @@ from tests import project
 CHAMPION = f"models:/{tracking.REGISTERED}@{tracking.CHAMPION}"
 
 
-@pytest.fixture(scope="module")
-def finished(mnist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A repository with a champion. Not to be changed: copy it."""
-    folder = project.make(tmp_path_factory.mktemp("finished"), mnist)
-    project.run(folder, "dvc", "repro", "evaluate")
-    return folder
-
-
 @pytest.fixture
 def repository(finished: Path, tmp_path: Path) -> Path:
     """A finished repository to do things to; its store's files stay in the first one's `mlruns`."""

@@ -1,0 +1,157 @@
+"""DVC's experiments, remotes and MLflow's registry: every experiment is one run, and none is lost."""
+
+import json
+import re
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlflow
+import pytest
+
+from stages import data
+from tests import project
+
+UP_TO_DATE = "Data and pipelines are up to date."
+# Metrics and parameters only: the columns with a slash are hashes of code and data.
+TABLE = ("dvc", "exp", "show", "--no-pager", "--only-changed", "--drop", ".*/|Created|Executor|batch_mean")
+
+
+@pytest.fixture(scope="module")
+def explored(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A finished repository after three queued experiments, two at a time, on a store that did not exist."""
+    folder = tmp_path_factory.mktemp("explored") / "repository"
+    shutil.copytree(finished, folder, ignore=shutil.ignore_patterns("mlflow.db", "mlruns"))
+    project.run(folder, "dvc", "exp", "run", "--queue", "-S", "train.lr=0.05,0.08")
+    project.run(folder, "dvc", "exp", "run", "--queue", "-S", "train.lr=10.0", "--name", "diverging")
+    project.run(folder, "dvc", "queue", "start", "-j", "2")
+    try:
+        deadline = time.monotonic() + 240
+        while re.search("Queued|Running", project.run(folder, "dvc", "queue", "status").stdout):
+            assert time.monotonic() < deadline, "the queue is not done"
+            time.sleep(1)
+        yield folder
+    finally:
+        project.run(folder, "dvc", "queue", "stop", "--kill", check=False)
+
+
+def experiments(folder: Path) -> dict[str, str]:
+    """Read the names and states of the experiments that start from HEAD."""
+    revisions = json.loads(project.run(folder, "dvc", "exp", "show", "--json").stdout)
+    listed = next(revision["experiments"] or [] for revision in revisions if revision["name"] == "main")
+    return {found["name"] or found["revs"][0]["name"]: found["executor"]["state"] for found in listed}
+
+
+def good(folder: Path) -> list[str]:
+    return sorted(name for name, state in experiments(folder).items() if state == "success")
+
+
+def test_every_queued_experiment_is_one_run_of_the_same_name_in_the_repositorys_store(explored: Path) -> None:
+    head = project.run(explored, "git", "rev-parse", "HEAD").stdout.strip()
+    runs = project.runs(explored)
+    status = {"success": "FINISHED", "failed": "FAILED"}
+    assert len(runs) == 3
+    assert {run.info.run_name: run.info.status for run in runs} == {
+        name: status[state] for name, state in experiments(explored).items()
+    }
+    assert {run.data.params["train.lr"]: run.info.status for run in runs} == {
+        "0.05": "FINISHED", "0.08": "FINISHED", "10.0": "FAILED"
+    }  # fmt: skip
+    for run in runs:
+        tags = run.data.tags
+        assert (tags["git.commit"], tags["git.branch"], tags["git.uncommitted"]) == (head, "main", "")
+        if run.info.status == "FINISHED":
+            assert run.data.metrics.keys() >= {"test_acc", "accuracy"}
+            assert (explored / "mlruns") in Path(run.info.artifact_uri.removeprefix("file://")).parents
+            assert {"plots", "metrics.json"} <= {
+                artifact.path for artifact in mlflow.MlflowClient().list_artifacts(run.info.run_id)
+            }
+
+
+def test_the_champion_is_the_best_even_of_models_registered_at_once(explored: Path) -> None:
+    ended = [run for run in project.runs(explored) if run.info.status == "FINISHED"]
+    accuracies = {run.data.tags["model.md5"]: run.data.metrics["accuracy"] for run in ended}
+    client = mlflow.MlflowClient()
+    versions = client.search_model_versions("name = 'mnist-mlp'")
+    assert {version.tags["model.md5"]: float(version.tags["accuracy"]) for version in versions} == accuracies
+    champion = client.get_model_version_by_alias("mnist-mlp", "champion")
+    assert float(champion.tags["accuracy"]) == max(accuracies.values())
+
+
+def test_the_table_of_experiments_fits_a_terminal(explored: Path) -> None:
+    lines = project.run(explored, *TABLE, env=project.environment(COLUMNS="100")).stdout.splitlines()
+    table = "\n".join(lines)
+    assert max(map(len, lines)) <= 100
+    assert "…" not in table
+    assert all(word in table for word in ("accuracy", "loss", "train.lr", "diverging", "Failed", *good(explored)))
+
+
+def test_a_removed_experiment_stays_readable_in_mlflow(explored: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "repository"
+    shutil.copytree(explored, folder)
+    project.run(folder, "dvc", "exp", "remove", *experiments(folder))
+    assert experiments(folder) == {}
+    assert len(project.runs(folder)) == 3
+    version = mlflow.MlflowClient().get_model_version_by_alias("mnist-mlp", "champion")
+    assert mlflow.pyfunc.load_model(f"models:/mnist-mlp/{version.version}")
+
+
+def test_a_clone_pulls_data_model_and_experiments_and_has_nothing_to_run(
+    finished: Path, explored: Path, tmp_path: Path
+) -> None:
+    folder, remote, clone = tmp_path / "repository", tmp_path / "remote.git", tmp_path / "a clone"
+    shutil.copytree(explored, folder)
+    store = ("dvc", "remote", "add", "--local", "--default", "store", str(tmp_path / "store"))
+    name = good(folder)[0]
+    project.run(tmp_path, "git", "init", "--quiet", "--bare", "--initial-branch", "main", str(remote))
+    project.run(folder, "git", "remote", "add", "origin", str(remote))
+    project.run(folder, "git", "push", "--quiet", "origin", "main")
+    project.run(folder, *store)
+    project.run(folder, "dvc", "push")
+    project.run(folder, "dvc", "exp", "push", "origin", name)
+
+    project.run(tmp_path, "git", "clone", "--quiet", str(remote), str(clone))
+    project.run(clone, *store)
+    project.run(clone, "dvc", "pull")
+    assert UP_TO_DATE in project.run(clone, "dvc", "repro").stdout
+    assert project.contents(clone) == project.contents(finished)
+    assert project.run(clone, "git", "status", "--porcelain").stdout == ""
+
+    project.run(clone, "dvc", "exp", "pull", "origin", name)
+    project.run(clone, "dvc", "exp", "apply", name)
+    assert UP_TO_DATE in project.run(clone, "dvc", "repro").stdout
+    assert project.contents(clone) != project.contents(finished)
+
+
+def test_a_better_model_becomes_champion_and_a_worse_the_same_or_a_poor_one_does_not(
+    finished: Path, tmp_path: Path
+) -> None:
+    """One experiment in the workspace, one in a temporary copy, and the evaluation alone."""
+    folder = tmp_path / "repository"
+    shutil.copytree(finished, folder)
+    shutil.rmtree(folder / "mlruns")  # its paths lead to the other folder
+    (folder / "mlflow.db").unlink()
+    evaluate = (sys.executable, "-m", "stages.evaluate")
+    assert "version 1, the new champion" in project.run(folder, *evaluate).stdout
+
+    done = project.run(folder, "dvc", "exp", "run", "--name", "better", "-S", "train.epochs=3", "evaluate")
+    assert "version 2, the new champion" in done.stdout
+    assert "registered already: mnist-mlp version 2" in project.run(folder, *evaluate).stdout
+    done = project.run(folder, "dvc", "exp", "run", "--temp", "--name", "worse", "-S", "train.epochs=1", "evaluate")
+    assert "version 3; champion stays version 2" in done.stdout
+    project.edit(folder, {"evaluate.target_accuracy": 0.999})
+    assert "not registered: the target is missed" in project.run(folder, *evaluate).stdout
+
+    head = project.run(folder, "git", "rev-parse", "HEAD").stdout.strip()
+    assert [run.info.run_name for run in project.runs(folder)][:2] == ["worse", "better"]
+    assert {run.data.tags["git.commit"] for run in project.runs(folder)} == {head}
+    client = mlflow.MlflowClient()
+    versions = client.search_model_versions("name = 'mnist-mlp'")
+    assert sorted(int(version.version) for version in versions) == [1, 2, 3]
+    for version in versions:
+        assert version.tags["git.commit"] == head
+        assert version.tags["data.digest"] == data.DIGEST
+        assert 0.5 < float(version.tags["accuracy"]) < 1
+    assert int(client.get_model_version_by_alias("mnist-mlp", "champion").version) == 2

@@ -1,0 +1,174 @@
+"""MLflow on a server: nothing changes but where the run goes, and a server that is away costs no result."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import mlflow
+import pytest
+from mlflow.entities import Run
+
+from tests import project
+
+
+@pytest.fixture
+def repository(finished: Path, tmp_path: Path) -> Path:
+    """A finished repository to do things to, without a store of its own."""
+    folder = tmp_path / "repository"
+    shutil.copytree(finished, folder, ignore=shutil.ignore_patterns("mlflow.db", "mlruns"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[str]:
+    """An empty PostgreSQL database; its URI."""
+    pytest.importorskip("psycopg")
+    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    if not programs:
+        pytest.skip("no PostgreSQL here")
+    user = "nobody" if os.geteuid() == 0 else None  # PostgreSQL refuses to run as root
+    with tempfile.TemporaryDirectory() as name:  # not pytest's: its folders are closed to other users
+        folder = Path(name)
+        if user:
+            shutil.chown(folder, user)
+
+        def run(program: str, *arguments: str) -> None:
+            subprocess.run(
+                [str(programs[-1].with_name(program)), "-D", str(folder / "data"), *arguments],
+                user=user, extra_groups=[] if user else None, cwd=folder, check=True, stdout=subprocess.DEVNULL,
+            )  # fmt: skip
+
+        run("initdb", "--auth", "trust", "--username", "mlflow", "--no-sync")
+        options = f"-k {folder} -c listen_addresses= -c fsync=off"  # reached by a file in its folder: no port is taken
+        run("pg_ctl", "start", "-w", "-l", str(folder / "log"), "-o", options)
+        try:
+            yield f"postgresql://mlflow@/postgres?host={folder}"
+        finally:
+            run("pg_ctl", "stop", "-w", "-m", "immediate")
+
+
+@pytest.fixture(scope="module")
+def port() -> int:
+    """A free one."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def server(database: str, folder: Path, port: int) -> Iterator[subprocess.Popen[str]]:
+    """Run an MLflow server over a database, with the artifacts in a folder."""
+    process = subprocess.Popen(
+        ["mlflow", "server", "--port", str(port), "--workers", "1", "--backend-store-uri", database,
+         "--artifacts-destination", str(folder / "artifacts")],
+        cwd=folder, env=project.environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 120
+        while not answers(port):
+            assert process.poll() is None, "the server has ended"
+            assert time.monotonic() < deadline, "the server does not answer"
+            time.sleep(0.2)
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait(30)
+
+
+def answers(port: int) -> bool:
+    try:
+        return bool(urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).status == 200)
+    except OSError:
+        return False
+
+
+def runs(port: int) -> list[Run]:
+    """Read the server's runs, the newest first."""
+    mlflow.set_tracking_uri(f"http://127.0.0.1:{port}")
+    found: list[Run] = mlflow.search_runs(experiment_names=["mnist"], output_format="list")
+    return found
+
+
+def test_the_pipeline_works_unchanged_and_its_results_outlive_the_server(
+    finished: Path, repository: Path, postgres: str, port: int, tmp_path: Path
+) -> None:
+    env = project.environment(MLFLOW_TRACKING_URI=f"http://127.0.0.1:{port}")
+
+    with server(postgres, tmp_path, port) as process:
+        project.run(repository, "dvc", "repro", "--force", env=env)
+        assert project.contents(repository) == project.contents(finished)
+        assert not (repository / "mlflow.db").exists()
+        (run,) = runs(port)
+        assert run.info.status == "FINISHED"
+        assert run.info.artifact_uri.startswith("mlflow-artifacts:")
+        artifacts = {artifact.path for artifact in mlflow.MlflowClient().list_artifacts(run.info.run_id)}
+        assert artifacts >= {"params.yaml", "dvc.lock", "metrics.json", "plots"}
+        assert mlflow.pyfunc.load_model("models:/mnist-mlp@champion")
+
+        project.edit(repository, {"train.epochs": 4})
+        training = subprocess.Popen(
+            ["dvc", "repro", "train"],
+            cwd=repository, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            start_new_session=True,
+        )  # fmt: skip
+        assert training.stdout is not None
+        lines = []
+        for line in training.stdout:
+            lines.append(line)
+            if line.startswith("epoch  0"):
+                os.killpg(process.pid, signal.SIGKILL)
+        assert training.wait(10) == 0
+    output = "".join(lines)
+    assert output.count("MLflow is lost") == 1
+    assert "Traceback" not in output
+    assert len((repository / "results/history.csv").read_text().splitlines()) == 5
+
+    with server(postgres, tmp_path, port):
+        done = project.run(repository, "dvc", "repro", "evaluate", env=env)
+        assert "Stage 'train' didn't change, skipping" in done.stdout
+        newest, broken, first = runs(port)
+        assert first.info.run_id == run.info.run_id
+        assert broken.info.status == "KILLED"
+        assert newest.info.status == "FINISHED"
+        assert "while MLflow was away" in newest.data.tags["mlflow.note.content"]
+        assert len(mlflow.MlflowClient().get_metric_history(newest.info.run_id, "test_acc")) == 4
+        assert newest.data.metrics["accuracy"] > 0.9
+        assert mlflow.pyfunc.load_model("models:/mnist-mlp@champion")
+
+
+def test_a_server_that_is_down_is_reported_within_seconds_and_nothing_is_lost(
+    finished: Path, repository: Path, port: int
+) -> None:
+    env = project.environment(MLFLOW_TRACKING_URI=f"http://127.0.0.1:{port}")
+    project.edit(repository, {"train.lr": 0.05})
+    start = time.monotonic()
+    done = project.run(repository, "dvc", "repro", env=env, check=False)
+    assert time.monotonic() - start < 20  # nearly all of it for importing DVC, PyTorch and MLflow
+    assert done.returncode != 0
+    assert f"train: no MLflow server answers at MLFLOW_TRACKING_URI=http://127.0.0.1:{port}" in done.stderr
+    assert "epoch" not in done.stdout
+    assert "Traceback" not in done.stderr
+    assert project.contents(repository) == project.contents(finished)
+
+
+def test_an_evaluation_that_loses_the_server_is_repeated(repository: Path) -> None:
+    """It takes seconds; only a training is worth finishing without MLflow."""
+    script = """if True:
+        from stages import StageError, params, tracking
+        try:
+            with tracking.run_of_model(params.load()) as tracked:
+                tracked.log(lambda: open("/nowhere"))
+        except StageError as error:
+            print(error)"""
+    assert "`dvc repro`" in project.run(repository, sys.executable, "-c", script).stdout
