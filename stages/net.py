@@ -34,14 +34,14 @@ class _Dense(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
         x, weight, out = ctx.saved_tensors
         if ctx.relu:
-            grad = torch.ops.aten.threshold_backward(grad, out, 0)
+            grad = torch.ops.aten.threshold_backward.default(grad, out, 0)
         grad_x = _product(grad, weight.t()) if ctx.needs_input_grad[0] else None
         return grad_x, _product(grad.t(), x.t()), grad.sum(0), None
 
 
 def _product(a: Tensor, b: Tensor, bias: Tensor | None = None, attr: str = "none") -> Tensor:
     """Compute ``a @ b.T + bias`` by oneDNN: (N, K) by (M, K) to (N, M)."""
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, bias, attr, [], "")
+    product: Tensor = torch.ops.mkldnn._linear_pointwise.default(a, b, bias, attr, [], "")
     return product
 
 
