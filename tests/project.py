@@ -29,13 +29,15 @@ def make(folder: Path, mnist: Path) -> Path:
             shutil.copy(file, folder / "data/MNIST/raw")
     edit(folder, SMALL)
     run(folder, "git", "init", "--quiet", "--initial-branch", "main")
+    run(folder, "git", "config", "user.name", "test")
+    run(folder, "git", "config", "user.email", "test@localhost")
     commit(folder)
     return folder
 
 
 def commit(folder: Path) -> None:
     run(folder, "git", "add", "--all")
-    run(folder, "git", "-c", "user.name=test", "-c", "user.email=test@localhost", "commit", "--quiet", "-m", "test")
+    run(folder, "git", "commit", "--quiet", "-m", "test")
 
 
 def edit(folder: Path, values: dict[str, object]) -> None:
