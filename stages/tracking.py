@@ -29,7 +29,7 @@ from mlflow.data.meta_dataset import MetaDataset
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
-from stages import HISTORY, MODEL, StageError, data
+from stages import CPUINFO, HISTORY, MODEL, StageError, data
 from stages.params import Params
 
 EXPERIMENT = "mnist"
@@ -269,7 +269,8 @@ def _origin() -> dict[str, str]:
 
 def cpu() -> str:
     """Name the processor."""
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    lines = CPUINFO.read_text().splitlines() if CPUINFO.exists() else []
+    names = [line for line in lines if line.startswith("model name")]
     return names[0].partition(": ")[2] if names else platform.machine()
 
 

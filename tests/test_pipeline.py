@@ -240,7 +240,7 @@ def test_a_full_or_read_only_disk_leaves_what_was_there(
 ) -> None:
     """In a mount namespace of its own, where `results` is a small or a read-only file system."""
     script = f"""
-        cp -a results /tmp/before 2>/dev/null; mount -t tmpfs -o size=64m tmpfs /mnt && cp -a results/. /mnt
+        mount -t tmpfs -o size=64m tmpfs /mnt && cp -a results/. /mnt
         used=$(du -sk /mnt | cut -f1); size=$((used + 64))k
         mount -o remount,{mount.replace("size=64k", "size=$size")} /mnt && mount --bind /mnt results
         dvc repro --force --single-item evaluate; status=$?
