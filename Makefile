@@ -14,6 +14,7 @@ help:  ## list these commands
 setup: .venv/installed  ## set up .venv from requirements.txt
 
 repro: setup  ## run what is due of the pipeline, and say what came out
+	@python -m stages.params
 	@dvc repro
 	@python -m stages.summary
 

@@ -35,7 +35,7 @@ class StageError(Exception):
     """What a user can cause and mend: its text says what is wrong, where, and what to do, in one line."""
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[[], object]) -> None:
     """Run a stage's ``main``; a ``StageError`` or ``OSError`` ends it with one line on stderr and exit status 1."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill ends a stage as Ctrl-C does
     try:

@@ -1,4 +1,7 @@
-"""``params.yaml``: every number that a user may change, with its type and range."""
+"""``params.yaml``: every number that a user may change, with its type and range.
+
+``python -m stages.params`` checks the file, as every stage does that runs; ``make repro`` begins with it.
+"""
 
 import re
 import reprlib
@@ -8,7 +11,7 @@ from typing import Annotated, Literal, get_type_hints
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from stages import StageError
+from stages import StageError, run
 
 PARAMS = Path("params.yaml")
 
@@ -145,3 +148,7 @@ def _short(value: object) -> str:
         return _REPR.repr(value)
     except ValueError:  # Python writes no integer of more than 4300 digits
         return "a huge number"
+
+
+if __name__ == "__main__":
+    run(load)

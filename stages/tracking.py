@@ -201,12 +201,24 @@ def connect() -> None:
     mlflow.set_tracking_uri(uri)
     try:
         with _lock():  # whoever comes first makes the tables
+            if uri.startswith("sqlite:///"):
+                _create(Path(uri.removeprefix("sqlite:///")))
             if mlflow.get_experiment_by_name(EXPERIMENT) is None:
                 mlflow.create_experiment(EXPERIMENT, artifacts, TRAINING_PAGE)
             mlflow.set_experiment(EXPERIMENT)
             _close_left_running()
     except (MlflowException, OSError) as error:
         raise StageError(f"MLflow at {uri} refuses: {_first_line(error)}") from None
+
+
+def _create(database: Path) -> None:
+    """Make MLflow's tables under another name first: killed in its many migrations, it would leave a broken store."""
+    if database.exists():
+        return
+    part = database.with_name(database.name + ".part")
+    part.unlink(missing_ok=True)
+    mlflow.MlflowClient(f"sqlite:///{part}").search_experiments()
+    part.replace(database)
 
 
 def _lock() -> FileLock:

@@ -59,6 +59,7 @@ def main() -> None:
         tracked.log_model(p, weights)
 
 
+@torch.inference_mode()
 def train_epoch(
     model: nn.Module, images: Tensor, labels: Tensor, order: Tensor, batch_size: int, lr: float
 ) -> Iterator[tuple[float, float]]:
@@ -78,18 +79,19 @@ def train_epoch(
     Raises:
         FloatingPointError: the loss is over ``DIVERGED``, or not a number.
     """
-    parameters = list(model.parameters())
+    layers, one_hot = net.dense_layers(model), torch.eye(10, device=images.device)
     for batch in order.split(batch_size):
-        target = labels[batch]
-        scores = model(images[batch])
-        loss = functional.cross_entropy(scores, target)
-        gradients = torch.autograd.grad(loss, parameters)
-        with torch.no_grad():
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                parameter.sub_(gradient, alpha=lr)  # plain SGD, without what a step of torch.optim costs besides
-        if not loss.item() < DIVERGED:  # nor is a loss that is no number
-            raise FloatingPointError(f"the loss is {loss.item():.3g}, where guessing costs 2.3")
-        yield loss.item(), (scores.argmax(1) == target).sum().item() / len(batch)
+        label = labels[batch]
+        *inputs, scores = net.forward(layers, images.index_select(0, batch))  # faster than images[batch]
+        loss = functional.cross_entropy(scores, label).item()
+        if not loss < DIVERGED:  # nor is a loss that is no number
+            raise FloatingPointError(f"the loss is {loss:.3g}, where guessing costs 2.3")
+        accuracy = (scores.argmax(1) == label).sum().item() / len(batch)
+
+        gradient = (scores.softmax(1) - one_hot[label]) / len(batch)  # of the cross-entropy, by the scores
+        for parameter, slope in net.backward(layers, inputs, gradient):
+            parameter.sub_(slope, alpha=lr)
+        yield loss, accuracy
 
 
 def _load(split: data.Split, p: params.Params, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from stages.data import RAW, SHA256
 from tests import project
@@ -14,11 +15,19 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="session")
-def mnist() -> Path:
+def shared(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A folder for all of pytest's processes."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder if worker_id == "master" else folder.parent
+
+
+@pytest.fixture(scope="session")
+def mnist(shared: Path) -> Path:
     """The folder with MNIST's four files, which are fetched unless they are there."""
     raw = ROOT / RAW
-    if not all((raw / name).exists() for name in SHA256):
-        subprocess.run([sys.executable, "-m", "stages.download"], cwd=ROOT, check=True)
+    with FileLock(shared / "mnist.lock"):
+        if not all((raw / name).exists() for name in SHA256):
+            subprocess.run([sys.executable, "-m", "stages.download"], cwd=ROOT, check=True)
     return raw
 
 
@@ -32,9 +41,13 @@ def mirror(mnist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def finished(mnist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(mnist: Path, shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository after its first `dvc repro`, all committed. Not to be changed: copy it."""
-    folder = project.make(tmp_path_factory.mktemp("finished"), mnist)
-    project.run(folder, "dvc", "repro")
-    project.commit(folder)
-    return folder
+    where = shared / "finished.txt"
+    with FileLock(shared / "finished.lock"):
+        if not where.exists():
+            folder = project.make(tmp_path_factory.mktemp("finished"), mnist)
+            project.run(folder, "dvc", "repro")
+            project.commit(folder)
+            where.write_text(str(folder))
+    return Path(where.read_text())

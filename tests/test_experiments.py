@@ -88,6 +88,16 @@ def test_the_table_of_experiments_fits_a_terminal(explored: Path) -> None:
     assert all(word in table for word in ("accuracy", "loss", "train.lr", "diverging", "Failed", *good(explored)))
 
 
+def test_two_revisions_compare(explored: Path) -> None:
+    names = good(explored)
+    metrics = project.run(explored, "dvc", "metrics", "diff", "--json", *names).stdout
+    assert json.loads(metrics)["results/metrics.json"].keys() == {"accuracy", "batch_mean_accuracy", "loss"}
+    project.run(explored, "dvc", "plots", "diff", "--out", "page", *names)
+    page = (explored / "page/index.html").read_text()
+    assert all(word in page for word in ("train_loss", "test_acc", "predicted", *names))
+    shutil.rmtree(explored / "page")
+
+
 def test_a_removed_experiment_stays_readable_in_mlflow(explored: Path, tmp_path: Path) -> None:
     folder = tmp_path / "repository"
     shutil.copytree(explored, folder)

@@ -135,13 +135,13 @@ def test_whatever_the_file_holds_it_is_read_or_refused_in_one_line(
     assert len(refusal) < 1000
 
 
-def test_a_stage_refuses_with_one_line_on_stderr_and_status_1(tmp_path: Path) -> None:
+def test_a_process_refuses_with_one_line_on_stderr_and_status_1(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text(edited("epochs", "many"))
-    command = [sys.executable, "-m", "stages.train"]
+    command = [sys.executable, "-m", "stages.params"]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
     assert process.returncode == 1
     (line,) = process.stderr.splitlines()
-    assert line.startswith("train: params.yaml: train.epochs is 'many': ")
+    assert line.startswith("params: params.yaml: train.epochs is 'many': ")
     assert process.stdout == ""
     assert [path.name for path in tmp_path.iterdir()] == ["params.yaml"]

@@ -1,0 +1,46 @@
+"""Time four whole pipelines, as DVC experiments one after the other and as four at once, each with another seed.
+
+``python -m tests.benchmark_experiments`` takes some eight minutes. Its eight seeds show what an accuracy owes to chance.
+"""
+
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+from stages import data
+from tests import project
+
+RECIPE = {"model.hidden": [400, 200, 100], "train.epochs": 20, "train.batch_size": 64}
+
+
+def main() -> None:
+    env = project.environment()
+    del env["OMP_WAIT_POLICY"]  # the tests' own
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = project.make(Path(scratch), data.RAW.resolve())
+        project.edit(folder, RECIPE)
+        project.commit(folder)
+
+        start = time.perf_counter()
+        for seed in (1, 2, 3, 4):
+            project.run(folder, "dvc", "exp", "run", "-S", f"train.seed={seed}", env=env)
+        in_turn = time.perf_counter() - start
+
+        project.run(folder, "dvc", "exp", "run", "--queue", "-S", "train.seed=5,6,7,8", env=env)
+        start = time.perf_counter()
+        project.run(folder, "dvc", "exp", "run", "--run-all", "--jobs", "4", env=env)
+        at_once = time.perf_counter() - start
+        accuracies = [run.data.metrics["accuracy"] for run in project.runs(folder)]
+        assert len(accuracies) == 8
+
+    print(f"four experiments on {os.cpu_count()} cores: {in_turn:.0f} s in turn, {at_once:.0f} s at once")
+    print(
+        f"test accuracy with seeds 1 to 8: {statistics.mean(accuracies):.2%}, "
+        f"from {min(accuracies):.2%} to {max(accuracies):.2%}"
+    )
+
+
+if __name__ == "__main__":
+    main()
