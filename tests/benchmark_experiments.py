@@ -1,6 +1,6 @@
 """Time four whole pipelines, as DVC experiments one after the other and as four at once, each with another seed.
 
-``python -m tests.benchmark_experiments`` takes some eight minutes. Its eight seeds show what an accuracy owes to chance.
+``python -m tests.benchmark_experiments`` takes eight minutes. Its eight seeds show what an accuracy owes to chance.
 """
 
 import os
