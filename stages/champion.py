@@ -1,10 +1,6 @@
 """The model to use: the version of ``mnist-mlp`` in MLflow's registry that bears the alias ``champion``."""
 
-import os
 from collections.abc import Callable
-
-# A .pt2 file has its weights pickled. Told so, MLflow opens one only if its pickles hold nothing but plain tensors.
-os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"
 
 import mlflow.pytorch
 import numpy as np

@@ -9,10 +9,9 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 import sys
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +27,9 @@ from mlflow.data.http_dataset_source import HTTPDatasetSource
 from mlflow.data.meta_dataset import MetaDataset
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
+from mlflow.utils.credentials import get_default_host_creds
+from mlflow.utils.rest_utils import http_request
+from sqlalchemy.exc import SQLAlchemyError
 
 from stages import CPUINFO, HISTORY, MODEL, StageError, data
 from stages.params import Params
@@ -55,9 +57,7 @@ class Tracked:
             call()
         except (MlflowException, OSError) as error:
             self.lost = True
-            print(
-                f"MLflow is lost ({_first_line(error)}); going on. `dvc repro` sends it what it missed", file=sys.stderr
-            )
+            print(f"MLflow is lost ({_shown(error)}); going on. `dvc repro` sends it what it missed", file=sys.stderr)
 
     def log_epoch(self, epoch: int, figures: Mapping[str, float]) -> None:
         """Log one epoch's figures, with ``step`` = epoch."""
@@ -179,11 +179,11 @@ def store() -> str:
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
     if uri.startswith("http"):
-        try:
-            urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=5)  # noqa: S310
-        except (OSError, ValueError) as error:
+        try:  # as MLflow asks, with its credentials and certificates, but only once: it would go on for minutes
+            http_request(get_default_host_creds(uri), "/health", "GET", timeout=5, max_retries=0).raise_for_status()
+        except (MlflowException, OSError) as error:
             raise StageError(
-                f"no MLflow server answers at MLFLOW_TRACKING_URI={uri} ({error}); start it, or unset it"
+                f"no MLflow server answers at MLFLOW_TRACKING_URI, start it or unset it: {_shown(error)}"
             ) from None
     if uri.startswith("sqlite:///"):
         uri = f"sqlite:///{ROOT / uri.removeprefix('sqlite:///')}"
@@ -207,8 +207,8 @@ def connect() -> None:
                 mlflow.create_experiment(EXPERIMENT, artifacts, TRAINING_PAGE)
             mlflow.set_experiment(EXPERIMENT)
             _close_left_running()
-    except (MlflowException, OSError) as error:
-        raise StageError(f"MLflow at {uri} refuses: {_first_line(error)}") from None
+    except (MlflowException, SQLAlchemyError, OSError) as error:
+        raise StageError(f"MLflow at {_shown(uri)} refuses: {_shown(error)}") from None
 
 
 def _create(database: Path) -> None:
@@ -260,7 +260,7 @@ def _run(
         status = "KILLED"
         raise
     except MlflowException as error:
-        raise StageError(f"MLflow refuses: {_first_line(error)}") from None
+        raise StageError(f"MLflow refuses: {_shown(error)}") from None
     finally:
         tracked.log(lambda: mlflow.end_run(status))
 
@@ -290,5 +290,6 @@ def _git(*arguments: str) -> str:
     return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False).stdout.strip()
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+def _shown(text: object) -> str:
+    """Keep the first line, without the user and password that a URI in it may hold."""
+    return re.sub(r"//[^/@\s]*@", "//", str(text).strip().splitlines()[0])

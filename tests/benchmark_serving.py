@@ -43,8 +43,8 @@ def bare(port: int) -> None:
     net.load_weights(model, MODEL.read_bytes(), str(MODEL))
     classifier = net.ImageClassifier(model, p.data.mean, p.data.std)
 
-    @app.get("/ping")
-    def ping() -> None: ...
+    @app.get("/health")
+    def health() -> None: ...
 
     @app.post("/invocations")
     def invocations(batch: Batch) -> dict[str, list[list[float]]]:
@@ -63,14 +63,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         script = Path(scratch, "post.lua")
         for name, command in SERVERS.items():
-            with running(*command, env={"OMP_NUM_THREADS": "1"}) as url:  # see stages/serve.py
+            with running(*command, env={"OMP_NUM_THREADS": "1"}) as server:  # see stages/serve.py
                 for batch_size in (1, 256):
                     body = json.dumps(json.dumps({"inputs": images[:batch_size].tolist()}))  # quoted, as Lua does too
                     script.write_text(
                         f'wrk.method = "POST"\nwrk.body = {body}\nwrk.headers["Content-Type"] = "application/json"'
                     )
-                    drive(url, script, 1)
-                    rate, median, tail = drive(url, script, 5)
+                    drive(server.url, script, 1)
+                    rate, median, tail = drive(server.url, script, 5)
                     print(
                         f"| {name} | {batch_size} | {rate:,.0f} | {rate * batch_size:,.0f} | {median} | {tail} |",
                         flush=True,

@@ -7,39 +7,60 @@ import subprocess
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
+
+
+class Server(NamedTuple):
+    url: str
+    process: subprocess.Popen[bytes]
+
+    def kill(self) -> None:
+        """End it and its workers, without a chance to say goodbye."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 @contextmanager
-def running(*command: str, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> Iterator[str]:
-    """Run a server on a free port of 127.0.0.1, which stands for ``{port}`` in the command.
+def running(
+    *command: str, port: int | None = None, cwd: Path | None = None, env: Mapping[str, str] | None = None
+) -> Iterator[Server]:
+    """Run a server on 127.0.0.1, on a free port unless told which; `{port}` in the command stands for it.
 
-    Returns:
-        Its URL, once it answers ``/ping``.
+    It is yielded once it answers `/health`, and ended, with its workers, at the end.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    arguments = [argument.format(port=port) for argument in command]
-    process = subprocess.Popen(
-        arguments, cwd=cwd, env={**os.environ, **(env or {})}, stdout=subprocess.DEVNULL, start_new_session=True
+    port = port or free_port()
+    server = Server(
+        f"http://127.0.0.1:{port}",
+        subprocess.Popen(
+            [argument.format(port=port) for argument in command],
+            cwd=cwd,
+            env={**os.environ, **(env or {})},
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+        ),
     )
     try:
-        deadline = time.monotonic() + 60
-        while not _answers(f"{url}/ping"):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"no answer from: {' '.join(arguments)}")
+        deadline = time.monotonic() + 120
+        while not _answers(server.url):
+            if server.process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"no answer from: {' '.join(command)}")
             time.sleep(0.1)
-        yield url
+        yield server
     finally:
-        os.killpg(process.pid, signal.SIGTERM)  # with its workers, where it has any
-        process.wait(30)
+        with suppress(ProcessLookupError):
+            os.killpg(server.process.pid, signal.SIGTERM)
+        server.process.wait(30)
 
 
 def _answers(url: str) -> bool:
     try:
-        return bool(urllib.request.urlopen(url, timeout=5).status == 200)
+        return bool(urllib.request.urlopen(f"{url}/health", timeout=5).status == 200)
     except OSError:
         return False

@@ -192,6 +192,14 @@ def test_a_store_that_was_half_made_is_made_anew(repository: Path) -> None:
     assert not part.exists()
 
 
+def test_a_store_that_is_no_database_is_reported_in_one_line(repository: Path) -> None:
+    (repository / "mlflow.db").write_text("It was a dark and stormy night; the rain fell in torrents.")
+    done = project.run(repository, sys.executable, "-m", "stages.plot", check=False)
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+    assert done.stderr.startswith(f"plot: MLflow at sqlite:///{repository}/mlflow.db refuses: ")
+    assert "not a database" in done.stderr
+
+
 def test_no_run_is_left_running(repository: Path) -> None:
     """Interrupted politely it is marked at once; after `kill -9`, by the next that comes to the store."""
     project.edit(repository, {"train.epochs": 1000})

@@ -2,15 +2,12 @@
 
 import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import mlflow
@@ -18,6 +15,7 @@ import pytest
 from mlflow.entities import Run
 
 from tests import project
+from tests.loopback import Server, free_port, running
 
 
 @pytest.fixture
@@ -58,39 +56,15 @@ def postgres() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def port() -> int:
-    """A free one."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return free_port()
 
 
-@contextmanager
-def server(database: str, folder: Path, port: int) -> Iterator[subprocess.Popen[str]]:
+def server(database: str, folder: Path, port: int) -> AbstractContextManager[Server]:
     """Run an MLflow server over a database, with the artifacts in a folder."""
-    process = subprocess.Popen(
-        ["mlflow", "server", "--port", str(port), "--workers", "1", "--backend-store-uri", database,
-         "--artifacts-destination", str(folder / "artifacts")],
-        cwd=folder, env=project.environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True,
-        start_new_session=True,
+    return running(
+        "mlflow", "server", "--port", "{port}", "--workers", "1", "--backend-store-uri", database,
+        "--artifacts-destination", str(folder / "artifacts"), port=port, cwd=folder, env=project.environment(),
     )  # fmt: skip
-    try:
-        deadline = time.monotonic() + 120
-        while not answers(port):
-            assert process.poll() is None, "the server has ended"
-            assert time.monotonic() < deadline, "the server does not answer"
-            time.sleep(0.2)
-        yield process
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait(30)
-
-
-def answers(port: int) -> bool:
-    try:
-        return bool(urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).status == 200)
-    except OSError:
-        return False
 
 
 def runs(port: int) -> list[Run]:
@@ -105,7 +79,7 @@ def test_the_pipeline_works_unchanged_and_its_results_outlive_the_server(
 ) -> None:
     env = project.environment(MLFLOW_TRACKING_URI=f"http://127.0.0.1:{port}")
 
-    with server(postgres, tmp_path, port) as process:
+    with server(postgres, tmp_path, port) as mlflow_server:
         project.run(repository, "dvc", "repro", "--force", env=env)
         assert project.contents(repository) == project.contents(finished)
         assert not (repository / "mlflow.db").exists()
@@ -127,7 +101,7 @@ def test_the_pipeline_works_unchanged_and_its_results_outlive_the_server(
         for line in training.stdout:
             lines.append(line)
             if line.startswith("epoch  0"):
-                os.killpg(process.pid, signal.SIGKILL)
+                mlflow_server.kill()
         assert training.wait(10) == 0
     output = "".join(lines)
     assert output.count("MLflow is lost") == 1
@@ -150,13 +124,15 @@ def test_the_pipeline_works_unchanged_and_its_results_outlive_the_server(
 def test_a_server_that_is_down_is_reported_within_seconds_and_nothing_is_lost(
     finished: Path, repository: Path, port: int
 ) -> None:
-    env = project.environment(MLFLOW_TRACKING_URI=f"http://127.0.0.1:{port}")
+    env = project.environment(MLFLOW_TRACKING_URI=f"http://user:secret@127.0.0.1:{port}")
     project.edit(repository, {"train.lr": 0.05})
     start = time.monotonic()
     done = project.run(repository, "dvc", "repro", env=env, check=False)
     assert time.monotonic() - start < 15  # nearly all of it for importing DVC, PyTorch and MLflow
     assert done.returncode != 0
-    assert f"train: no MLflow server answers at MLFLOW_TRACKING_URI=http://127.0.0.1:{port}" in done.stderr
+    assert "train: no MLflow server answers at MLFLOW_TRACKING_URI, start it or unset it: " in done.stderr
+    assert f"http://127.0.0.1:{port}" in done.stderr
+    assert "secret" not in done.stderr
     assert "epoch" not in done.stdout
     assert "Traceback" not in done.stderr
     assert project.contents(repository) == project.contents(finished)

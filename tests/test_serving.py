@@ -69,8 +69,10 @@ def digits(mnist: Path) -> NDArray[np.uint8]:
 
 @pytest.fixture(scope="module")
 def url(repository: Repository) -> Iterator[str]:
-    with running(sys.executable, "-m", "stages.serve", "--port", "{port}", cwd=repository.folder, env=OFFLINE) as url:
-        yield url
+    with running(
+        sys.executable, "-m", "stages.serve", "--port", "{port}", cwd=repository.folder, env=OFFLINE
+    ) as server:
+        yield server.url
 
 
 def post(url: str, body: Any) -> tuple[int, Any]:

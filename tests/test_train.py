@@ -32,12 +32,16 @@ def test_the_net_has_the_tutorials_size_and_pytorchs_initialisation() -> None:
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
 
 
-def test_every_step_agrees_with_the_textbook_loop(mnist: Path, training_set: TrainingSet) -> None:
-    """To float32 rounding, from a common start for every two steps.
+@pytest.mark.parametrize("onednn", [True, False], ids=["oneDNN", "elsewhere"])
+def test_every_step_agrees_with_the_textbook_loop(
+    mnist: Path, training_set: TrainingSet, onednn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To float32 rounding, from a common start for every two steps; also by the products that a GPU is given.
 
     Left alone, the two part within a hundred steps: a last bit decides on which side of zero a ReLU's input falls, and
     with it whether a whole gradient passes.
     """
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: onednn)
     images, labels = training_set
     order = torch.randperm(len(images))[:2_528]  # the last of 40 batches holds 32
     dataset = textbook.dataset(mnist.parents[1], train=True)
