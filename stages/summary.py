@@ -15,7 +15,8 @@ def main() -> None:
 test accuracy   {metrics["accuracy"]:.2%} of 10,000 images (target {verdict})
 mean of batches {metrics["batch_mean_accuracy"]:.4%}, published {float(published["test_acc"]):.4%}
 plots           {PLOTS}
-every figure    source .venv/bin/activate && mlflow ui""")
+every figure    source .venv/bin/activate && mlflow ui, then open
+                http://127.0.0.1:5000/#/experiments/1?workflowType=machine_learning""")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,6 @@ from stages.params import Params
 EXPERIMENT = "mnist"
 REGISTERED = "mnist-mlp"
 CHAMPION = "champion"
-TRAINING_PAGE = {"mlflow.experimentKind": "custom_model_development"}  # rather than the page for language models
 ROOT = Path(os.environ.get("DVC_ROOT", ".")).resolve()  # the repository, even where DVC works in a temporary copy of it
 
 
@@ -204,7 +203,7 @@ def connect() -> None:
             if uri.startswith("sqlite:///"):
                 _create(Path(uri.removeprefix("sqlite:///")))
             if mlflow.get_experiment_by_name(EXPERIMENT) is None:
-                mlflow.create_experiment(EXPERIMENT, artifacts, TRAINING_PAGE)
+                mlflow.create_experiment(EXPERIMENT, artifacts)
             mlflow.set_experiment(EXPERIMENT)
             _close_left_running()
     except (MlflowException, SQLAlchemyError, OSError) as error:
