@@ -270,8 +270,8 @@ def _origin() -> dict[str, str]:
     return versions | {
         "git.commit": os.environ.get("DVC_EXP_BASELINE_REV") or _git("rev-parse", "HEAD"),
         "git.branch": _git("-C", str(ROOT), "rev-parse", "--abbrev-ref", "HEAD"),
-        # What the stages write is no uncommitted code, and the parameters are in the run.
-        "git.uncommitted": _git("status", "--porcelain", "--", ".", ":!results", ":!dvc.lock", ":!params.yaml"),
+        # All that decides what comes out, but for the parameters: these are in the run.
+        "git.uncommitted": _git("status", "--porcelain", "--", "stages", "data", "dvc.yaml"),
         "data.digest": data.DIGEST,
         "python": platform.python_version(),
         "cpu": cpu(),

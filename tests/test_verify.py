@@ -68,6 +68,7 @@ def test_a_figure_that_does_not_come_out_again_is_shown_with_both_values(reposit
 def test_a_run_from_uncommitted_code_is_refused(repository: Path) -> None:
     with (repository / "stages/train.py").open("a") as file:
         file.write("# not committed\n")
+    (repository / "picture.png").touch()  # which has no part in it
     script = (
         "from stages import params, tracking\nwith tracking.new_run(params.load()): pass"  # as `train` begins and ends
     )
