@@ -101,6 +101,7 @@ def test_two_revisions_compare(explored: Path) -> None:
 def test_a_removed_experiment_stays_readable_in_mlflow(explored: Path, tmp_path: Path) -> None:
     folder = tmp_path / "repository"
     shutil.copytree(explored, folder)
+    project.run(folder, "dvc", "queue", "remove", "--failed")
     project.run(folder, "dvc", "exp", "remove", *experiments(folder))
     assert experiments(folder) == {}
     assert len(project.runs(folder)) == 3
