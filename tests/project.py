@@ -60,7 +60,7 @@ def run(
     folder: Path, *command: str, check: bool = True, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run a command as a user in that folder would."""
-    done = subprocess.run(command, cwd=folder, env=env or environment(), capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=folder, env=env or environment(), capture_output=True, text=True, timeout=300)
     if check and done.returncode:
         raise AssertionError(f"{' '.join(command)} exited with {done.returncode}:\n{done.stdout}\n{done.stderr}")
     return done
