@@ -1,48 +1,76 @@
 # `make` alone lists the commands. All of them work in .venv, which they set up when it is missing or out of date.
+# GNU make 3.81 and the tools of macOS and BSD are enough.
 PYTHON ?= python3
 MODEL ?= models:/mnist-mlp@champion
+PORT ?= 5001
 BIN := .venv/bin
 export MLFLOW_DISABLE_TELEMETRY := true
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test verify serve bench lock
+.PHONY: help setup repro test verify serve track bench lock clone venv
+.NOTPARALLEL:
 
 help:  ## list these commands
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 
 setup: .venv/installed  ## set up .venv from requirements.txt
 
-repro: setup  ## run what is due of the pipeline, and say what came out
-	@python -m stages.params
-	@dvc repro
-	@python -m stages.summary
+repro: clone setup  ## run what is due of the pipeline, and say what came out
+	@$(BIN)/python -m mnist_mlp.params
+	@$(BIN)/dvc repro
+	@$(BIN)/python -m stages.track
+	@$(BIN)/python -m mnist_mlp.verdict
 
-test: setup  ## lint, check the types and run the tests
-	@ruff check
-	@ruff format --check
-	@mypy
-	@python -m pytest
+test: clone setup  ## lint, check the types and run the tests
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+	@$(BIN)/python -m pytest
 
-verify: setup  ## run again what made MODEL (the champion, or models:/NAME/VERSION, or a run id), and compare
-	@python -m stages.verify '$(MODEL)'
+verify: clone setup  ## run again what made MODEL (the champion, or models:/NAME/VERSION, or a run id), and compare
+	@$(BIN)/python -m mnist_mlp.verify '$(MODEL)'
 
-serve: setup  ## answer on 127.0.0.1:5001 from the champion
-	@python -m stages.serve
+serve: setup  ## answer on 127.0.0.1 from the champion, on PORT (5001)
+	@$(BIN)/python -m mnist_mlp.serve --port '$(PORT)'
+
+track: clone setup  ## make MLflow's record of the present results complete
+	@$(BIN)/python -m stages.track
 
 bench: setup  ## time our training loop against the textbook's and against the bare matrix products
-	@python -m tests.benchmark
+	@$(BIN)/python -m tests.benchmark
 
 lock: setup  ## make requirements.txt anew from pyproject.toml
-	@uv pip compile --quiet --universal --upgrade --generate-hashes --python-version 3.11 --group dev \
+	@$(BIN)/uv pip compile --quiet --universal --upgrade --generate-hashes --python-version 3.11 --group dev \
 	    --no-emit-index-url --custom-compile-command 'make lock' --output-file requirements.txt pyproject.toml
 
-# uv comes from the same hashed file as all the rest. The activation script gets the one setting that
-# the mlflow command takes from nowhere else.
+clone:
+	@git rev-parse --verify --quiet HEAD >/dev/null 2>&1 && test -z "$$(git rev-parse --show-cdup)" || { echo \
+	    "This folder is not a Git clone of its own, which DVC and the link from results to commits need. Clone the" \
+	    "repository, or type: git init && git add --all && git commit -m 'Start from the archive'" >&2; exit 1; }
+
+# uv comes from the same hashed file as all the rest. The activation script gets the one setting that the mlflow command
+# takes from nowhere else. The last step writes the stamp: without it, the next `make` begins again.
 .venv/installed: requirements.txt
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@rm -f $@
 	@sed -n '/^uv==/,/^ *# via/p' requirements.txt > .venv/uv.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --requirement .venv/uv.txt
-	@$(BIN)/uv pip sync --quiet --require-hashes --compile-bytecode --python $(BIN)/python requirements.txt
+	@$(BIN)/uv pip sync --require-hashes --compile-bytecode --python $(BIN)/python requirements.txt
 	@grep -q MLFLOW_DISABLE_TELEMETRY $(BIN)/activate || echo 'export MLFLOW_DISABLE_TELEMETRY=true' >> $(BIN)/activate
-	@touch $@
+	@pwd -P > $@
+
+# The scripts in .venv name the folder in which it was made, and work only there. The stamp holds that name.
+MADE_IN := $(shell test -x $(BIN)/python && cat .venv/installed 2>/dev/null)
+ifneq ($(MADE_IN),$(CURDIR))
+.venv/installed: venv
+endif
+
+venv:
+	@test ! -s .venv/installed || echo "The .venv here was made in $$(cat .venv/installed), and works only there."
+	@rm -rf .venv
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { echo "'$(PYTHON)' is not" \
+	    "Python 3.11 or newer. Install one and name it, such as: make repro PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo \
+	    "'$(PYTHON)' cannot make virtual environments. On Debian and Ubuntu: sudo apt install python3-venv" >&2; exit 1; }
+	@echo "Setting up .venv: on Linux, 3.3 GB to download and 6.4 GB on disk, mostly PyTorch."
+	@$(PYTHON) -m venv .venv

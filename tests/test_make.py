@@ -1,0 +1,101 @@
+"""The Makefile outside the good case. A small shell script plays Python and uv, so that no test sets up gigabytes."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# As python it makes a .venv, as uv it installs nothing. It fails as uv while there is a file named "broken".
+FAKE_PYTHON = """#!/bin/sh
+case "$1 $2" in
+"-m venv") mkdir -p .venv/bin && touch .venv/bin/activate && cp "$0" .venv/bin/python && cp "$0" .venv/bin/uv ;;
+"pip sync") echo "uv installs" && test ! -e broken ;;
+esac
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The files that ``make`` needs, outside Git."""
+    folder = tmp_path / "project"
+    folder.mkdir()
+    for name in ("Makefile", "requirements.txt", ".gitignore"):
+        shutil.copy(ROOT / name, folder)
+    (tmp_path / "python").write_text(FAKE_PYTHON)
+    (tmp_path / "python").chmod(0o755)
+    return folder
+
+
+def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    # make's own variables: these tests may run below `make test`
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS", "GIT_"))}
+    env["GIT_CEILING_DIRECTORIES"] = str(folder.parents[1])
+    for role in ("AUTHOR", "COMMITTER"):
+        env |= {f"GIT_{role}_NAME": "test", f"GIT_{role}_EMAIL": "test@localhost"}
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+
+
+def make(folder: Path, goal: str, python: str = "../python") -> subprocess.CompletedProcess[str]:
+    return run(folder, "make", "--no-print-directory", goal, f"PYTHON={python}")
+
+
+def message(done: subprocess.CompletedProcess[str]) -> str:
+    """The one line on stderr beside make's own."""
+    (line,) = (line for line in done.stderr.splitlines() if not line.startswith("make: ***"))
+    return line
+
+
+@pytest.mark.parametrize("inside_another", [False, True], ids=["no-clone", "inside-another-clone"])
+def test_an_archive_is_refused_before_the_set_up_and_the_advice_helps(folder: Path, inside_another: bool) -> None:
+    if inside_another:
+        run(folder.parent, "git", "init")
+        run(folder.parent, "git", "commit", "--allow-empty", "-m", "another")
+    for goal in ("repro", "verify", "test", "track"):
+        refused = make(folder, goal)
+        assert (refused.returncode, refused.stdout) == (2, "")
+        assert "not a Git clone of its own" in message(refused)
+    assert not (folder / ".venv").exists()
+
+    advice = message(refused).partition("or type: ")[2]
+    assert run(folder, "sh", "-c", advice).returncode == 0
+    assert make(folder, "clone").returncode == 0
+
+
+def test_a_python_that_is_too_old_is_one_line_and_leaves_no_venv(folder: Path) -> None:
+    refused = make(folder, "setup", python="false")
+    assert refused.returncode == 2
+    assert "'false' is not Python 3.11 or newer" in message(refused)
+    assert not (folder / ".venv").exists()
+
+
+def test_the_next_make_begins_an_interrupted_set_up_again(folder: Path) -> None:
+    (folder / "broken").touch()
+    assert make(folder, "setup").returncode == 2
+    (folder / ".venv/half").touch()
+    (folder / "broken").unlink()
+    assert "uv installs" in make(folder, "setup").stdout
+    assert not (folder / ".venv/half").exists()
+    assert "uv installs" not in make(folder, "setup").stdout
+
+
+def test_a_moved_folder_gets_a_new_venv_and_one_line_says_why(folder: Path) -> None:
+    assert make(folder, "setup").returncode == 0
+    moved = folder.rename(folder.with_name("moved folder"))
+    (moved / ".venv/old").touch()
+    done = make(moved, "setup")
+    assert done.stdout.splitlines()[0] == f"The .venv here was made in {folder.resolve()}, and works only there."
+    assert "uv installs" in done.stdout
+    assert not (moved / ".venv/old").exists()
+    assert "uv installs" not in make(moved, "setup").stdout
+
+
+def test_new_requirements_are_installed_into_the_same_venv(folder: Path) -> None:
+    assert make(folder, "setup").returncode == 0
+    (folder / ".venv/old").touch()
+    os.utime(folder / ".venv/installed", (0, 0))  # older than requirements.txt
+    assert "uv installs" in make(folder, "setup").stdout
+    assert (folder / ".venv/old").exists()
