@@ -7,19 +7,18 @@ import matplotlib as mpl
 mpl.use("agg")  # no screen needed
 
 import matplotlib.pyplot as plt
-import mlflow
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from stages import HISTORY, PLOTS, PREDICTIONS, PUBLISHED, data, params, run, tracking, write
+from mnist_mlp import HISTORY, PLOTS, PREDICTIONS, PUBLISHED, data, params, run_command, write
 
 STYLE = {"font.size": 13, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}
 
 
 def main() -> None:
-    """Draw six plots and add them to the model's MLflow run."""
+    """Draw six plots."""
     p = params.load()
     plt.style.use(["default", STYLE])  # by name: a user's own matplotlibrc would change the bytes
     ours, published = (np.genfromtxt(path, delimiter=",", names=True) for path in (HISTORY, PUBLISHED))
@@ -32,13 +31,10 @@ def main() -> None:
         predictions["actual"].astype(int), predictions["predicted"].astype(int)
     )
     figures["wrong_digits"] = wrong_digits(images, predictions, p.plot.wrong_digits)
-    with tracking.run_of_model(p) as tracked:
-        for name, figure in figures.items():
-            png = io.BytesIO()
-            figure.savefig(png, format="png", dpi=p.plot.dpi, metadata={"Software": None})
-            write(PLOTS / f"{name}.png", png.getvalue())
-        tracked.log(lambda: mlflow.log_artifacts(str(PLOTS), "plots"))
-        tracked.log(lambda: mlflow.log_artifact("dvc.lock"))  # without the entry of this stage, which DVC adds after it
+    for name, figure in figures.items():
+        png = io.BytesIO()
+        figure.savefig(png, format="png", dpi=p.plot.dpi, metadata={"Software": None})
+        write(PLOTS / f"{name}.png", png.getvalue())
     print(f"{len(figures)} plots in {PLOTS}")
 
 
@@ -99,4 +95,4 @@ def wrong_digits(images: NDArray[np.uint8], predictions: NDArray[np.void], count
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from stages.data import RAW, SHA256
+from mnist_mlp.data import RAW, SHA256
 from tests import project
 
 ROOT = Path(__file__).parents[1]

@@ -1,6 +1,7 @@
 """Copies of this repository in which tests run the real pipeline, on a net small enough to train in a second."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,21 +18,30 @@ RESULTS = ("dvc.lock", "results/model.safetensors", "results/history.csv", "resu
            "results/predictions.csv", "results/plots/test_acc.png", "results/plots/wrong_digits.png")  # fmt: skip
 
 
-def make(folder: Path, mnist: Path) -> Path:
-    """Commit this working tree's files, small parameters and no results as a repository of its own."""
+def make(folder: Path, mnist: Path, small: bool = True) -> Path:
+    """Commit this working tree's files and no results as a repository of its own, with a small net unless told."""
     listed = run(REPOSITORY, "git", "ls-files", "--cached", "--others", "--exclude-standard").stdout.split()
     for name in listed:
         if not name.startswith(("results/", "dvc.lock")):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(REPOSITORY / name, folder / name)
+    (folder / "data/MNIST/raw").mkdir(parents=True)
     for file in mnist.iterdir():
         if file.suffix == "" and not file.name.startswith("."):
             shutil.copy(file, folder / "data/MNIST/raw")
-    edit(folder, SMALL)
+    if small:
+        edit(folder, SMALL)
     run(folder, "git", "init", "--quiet", "--initial-branch", "main")
     run(folder, "git", "config", "user.name", "test")
     run(folder, "git", "config", "user.email", "test@localhost")
     commit(folder)
+    return folder
+
+
+def copy(repository: Path, folder: Path, store: bool = True) -> Path:
+    """Copy a repository with its results, with or without its MLflow store."""
+    left_out = () if store else ("mlflow.db", "mlruns")
+    shutil.copytree(repository, folder, ignore=shutil.ignore_patterns(*left_out))
     return folder
 
 
@@ -67,10 +77,20 @@ def run(
 
 
 def runs(folder: Path) -> list[Run]:
-    """Read the runs in the repository's own store, the newest first."""
-    mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
-    found: list[Run] = mlflow.search_runs(experiment_names=["mnist"], output_format="list")
+    """Read the runs in the repository's own store, the newest first, but for the tutorial's."""
+    return runs_at(f"sqlite:///{folder}/mlflow.db")
+
+
+def runs_at(uri: str) -> list[Run]:
+    mlflow.set_tracking_uri(uri)
+    ours = "attributes.run_name != 'published'"
+    found: list[Run] = mlflow.search_runs(experiment_names=["mnist"], filter_string=ours, output_format="list")
     return found
+
+
+def stages_run(output: str) -> list[str]:
+    """List the stages that `dvc repro` has run, rather than skipped or taken from its cache."""
+    return re.findall(r"^> python -m stages\.(\w+)$", output, re.MULTILINE)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

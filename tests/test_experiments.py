@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from stages import data
+from mnist_mlp import data
 from tests import project
 
 UP_TO_DATE = "Data and pipelines are up to date."
@@ -21,11 +20,12 @@ TABLE = ("dvc", "exp", "show", "--no-pager", "--only-changed", "--drop", ".*/|Cr
 
 @pytest.fixture(scope="module")
 def explored(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A finished repository after three queued experiments, two at a time, on a store that did not exist."""
+    """A finished repository after four queued experiments, two at a time, on a store that did not exist."""
     folder = tmp_path_factory.mktemp("explored") / "repository"
     shutil.copytree(finished, folder, ignore=shutil.ignore_patterns("mlflow.db", "mlruns"))
     project.run(folder, "dvc", "exp", "run", "--queue", "-S", "train.lr=0.05,0.08")
     project.run(folder, "dvc", "exp", "run", "--queue", "-S", "train.lr=10.0", "--name", "diverging")
+    project.run(folder, "dvc", "exp", "run", "--queue", "-S", "plot.dpi=80", "--name", "plots-only")
     project.run(folder, "dvc", "queue", "start", "-j", "2")
     try:
         deadline = time.monotonic() + 240
@@ -52,16 +52,16 @@ def test_every_queued_experiment_is_one_run_of_the_same_name_in_the_repositorys_
     head = project.run(explored, "git", "rev-parse", "HEAD").stdout.strip()
     runs = project.runs(explored)
     status = {"success": "FINISHED", "failed": "FAILED"}
-    assert len(runs) == 3
+    assert len(runs) == 4
     assert {run.info.run_name: run.info.status for run in runs} == {
         name: status[state] for name, state in experiments(explored).items()
     }
-    assert {run.data.params["train.lr"]: run.info.status for run in runs} == {
-        "0.05": "FINISHED", "0.08": "FINISHED", "10.0": "FAILED"
+    assert {(run.data.params["train.lr"], run.data.params["plot.dpi"]): run.info.status for run in runs} == {
+        ("0.05", "100"): "FINISHED", ("0.08", "100"): "FINISHED", ("10.0", "100"): "FAILED", ("0.1", "80"): "FINISHED"
     }  # fmt: skip
     for run in runs:
         tags = run.data.tags
-        assert (tags["git.commit"], tags["git.branch"], tags["git.uncommitted"]) == (head, "main", "")
+        assert (tags["git.commit"], tags["git.branch"], tags["git.patch.md5"]) == (head, "main", "none")
         if run.info.status == "FINISHED":
             assert run.data.metrics.keys() >= {"test_acc", "accuracy"}
             assert (explored / "mlruns") in Path(run.info.artifact_uri.removeprefix("file://")).parents
@@ -89,7 +89,7 @@ def test_the_table_of_experiments_fits_a_terminal(explored: Path) -> None:
 
 
 def test_two_revisions_compare(explored: Path) -> None:
-    names = good(explored)
+    names = [name for name in good(explored) if name != "plots-only"]
     metrics = project.run(explored, "dvc", "metrics", "diff", "--json", *names).stdout
     assert json.loads(metrics)["results/metrics.json"].keys() == {"accuracy", "batch_mean_accuracy", "loss"}
     project.run(explored, "dvc", "plots", "diff", *names)
@@ -104,7 +104,7 @@ def test_a_removed_experiment_stays_readable_in_mlflow(explored: Path, tmp_path:
     project.run(folder, "dvc", "queue", "remove", "--failed")
     project.run(folder, "dvc", "exp", "remove", *experiments(folder))
     assert experiments(folder) == {}
-    assert len(project.runs(folder)) == 3
+    assert len(project.runs(folder)) == 4
     version = mlflow.MlflowClient().get_model_version_by_alias("mnist-mlp", "champion")
     assert mlflow.pyfunc.load_model(f"models:/mnist-mlp/{version.version}")
 
@@ -136,33 +136,24 @@ def test_a_clone_pulls_data_model_and_experiments_and_has_nothing_to_run(
     assert project.contents(clone) != project.contents(finished)
 
 
-def test_a_better_model_becomes_champion_and_a_worse_the_same_or_a_poor_one_does_not(
-    finished: Path, tmp_path: Path
-) -> None:
-    """One experiment in the workspace, one in a temporary copy, and the evaluation alone."""
-    folder = tmp_path / "repository"
-    shutil.copytree(finished, folder)
-    shutil.rmtree(folder / "mlruns")  # its paths lead to the other folder
-    (folder / "mlflow.db").unlink()
-    evaluate = (sys.executable, "-m", "stages.evaluate")
-    assert "version 1, the new champion" in project.run(folder, *evaluate).stdout
+def test_a_better_model_becomes_champion_and_a_worse_or_a_poor_one_does_not(finished: Path, tmp_path: Path) -> None:
+    """One experiment in the workspace, one in a temporary copy, and one that misses the target."""
+    folder = project.copy(finished, tmp_path / "repository")
 
-    done = project.run(folder, "dvc", "exp", "run", "--name", "better", "-S", "train.epochs=3", "evaluate")
-    assert "version 2, the new champion" in done.stdout
-    assert "registered already: mnist-mlp version 2" in project.run(folder, *evaluate).stdout
-    done = project.run(folder, "dvc", "exp", "run", "--temp", "--name", "worse", "-S", "train.epochs=1", "evaluate")
-    assert "version 3; champion stays version 2" in done.stdout
-    project.edit(folder, {"evaluate.target_accuracy": 0.999})
-    assert "not registered: the target is missed" in project.run(folder, *evaluate).stdout
+    done = project.run(folder, "dvc", "exp", "run", "--name", "better", "-S", "train.epochs=3")
+    assert "mnist-mlp version 2, the champion" in done.stdout
+    done = project.run(folder, "dvc", "exp", "run", "--temp", "--name", "worse", "-S", "train.epochs=1")
+    assert "mnist-mlp version 3; the champion is version 2" in done.stdout
+    target = ("-S", "evaluate.target_accuracy=0.999")
+    done = project.run(folder, "dvc", "exp", "run", "--temp", "--name", "poor", *target)
+    assert "not registered, because the target is missed; the champion is version 2" in done.stdout
 
     head = project.run(folder, "git", "rev-parse", "HEAD").stdout.strip()
-    assert [run.info.run_name for run in project.runs(folder)][:2] == ["worse", "better"]
-    assert {run.data.tags["git.commit"] for run in project.runs(folder)} == {head}
-    client = mlflow.MlflowClient()
-    versions = client.search_model_versions("name = 'mnist-mlp'")
+    assert [run.info.run_name for run in project.runs(folder)][:3] == ["poor", "worse", "better"]
+    assert {run.data.tags["git.commit"] for run in project.runs(folder)[:3]} == {head}
+    versions = mlflow.MlflowClient().search_model_versions("name = 'mnist-mlp'")
     assert sorted(int(version.version) for version in versions) == [1, 2, 3]
     for version in versions:
-        assert version.tags["git.commit"] == head
         assert version.tags["data.digest"] == data.DIGEST
         assert 0.5 < float(version.tags["accuracy"]) < 1
-    assert int(client.get_model_version_by_alias("mnist-mlp", "champion").version) == 2
+    assert int(mlflow.MlflowClient().get_model_version_by_alias("mnist-mlp", "champion").version) == 2

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import yaml
 
-from stages import data
+from mnist_mlp import data, training
 from tests import project
 
 DIVERGING: dict[str, object] = {"train.lr": 10.0}
@@ -24,13 +24,12 @@ DIVERGING: dict[str, object] = {"train.lr": 10.0}
 @pytest.fixture
 def repository(finished: Path, tmp_path: Path) -> Path:
     """A finished repository to do things to; its MLflow store is empty."""
-    folder = tmp_path / "repository"
-    shutil.copytree(finished, folder, ignore=shutil.ignore_patterns("mlflow.db", "mlruns"))
-    return folder
+    return project.copy(finished, tmp_path / "repository", store=False)
 
 
 def test_one_pipeline_run_is_one_mlflow_run_with_all_that_leads_back_to_its_origin(finished: Path) -> None:
     (run,) = project.runs(finished)
+    assert sorted(run.data.metrics) == ["accuracy", "system/epoch_seconds", *sorted(training.Epoch._fields)]
     lock = yaml.safe_load((finished / "dvc.lock").read_text())["stages"]
     history = np.genfromtxt(finished / "results/history.csv", delimiter=",", names=True)
     metrics = json.loads((finished / "results/metrics.json").read_text())
@@ -40,7 +39,8 @@ def test_one_pipeline_run_is_one_mlflow_run_with_all_that_leads_back_to_its_orig
     assert run.data.tags["model.md5"] == lock["train"]["outs"][1]["md5"]
     assert run.data.tags["git.commit"] == project.run(finished, "git", "rev-parse", "HEAD~").stdout.strip()
     assert run.data.tags["git.branch"] == "main"
-    assert run.data.tags["git.uncommitted"] == ""
+    assert run.data.tags["git.patch.md5"] == "none"
+    assert run.info.run_name == f"main-{run.data.tags['git.commit'][:7]}"
     assert {"python", "torch", "cpu", "threads"} <= run.data.tags.keys()
     assert run.data.params["model.hidden"] == "[32]"
     assert run.data.params["train.lr"] == "0.1"
@@ -51,10 +51,24 @@ def test_one_pipeline_run_is_one_mlflow_run_with_all_that_leads_back_to_its_orig
         logged = {metric.step: metric.value for metric in client.get_metric_history(run.info.run_id, name)}
         assert logged == dict(enumerate(history[name]))
     assert run.data.metrics["accuracy"] == metrics["accuracy"] > 0.9
-    assert run.data.metrics["recall/7"] == metrics["recall"][7]
+    assert (
+        client.load_table(run.info.experiment_id, "per_digit.json", [run.info.run_id])["recall"][7]
+        == metrics["recall"][7]
+    )
     artifacts = {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
-    assert artifacts >= {"params.yaml", "dvc.lock", "metrics.json", "plots"}
-    assert len(client.list_artifacts(run.info.run_id, "plots")) == 6
+    assert artifacts == {"params.yaml", "dvc.lock", "metrics.json", "per_digit.json", "plots"}
+    plots = [artifact.path for artifact in client.list_artifacts(run.info.run_id, "plots")]
+    assert len(plots) == 6
+    for path in ("metrics.json", *plots):
+        content = Path(client.download_artifacts(run.info.run_id, path)).read_bytes()
+        assert content == (finished / "results" / path).read_bytes()
+    del lock["track"]
+    assert yaml.safe_load(mlflow.artifacts.load_text(f"{run.info.artifact_uri}/dvc.lock"))["stages"] == lock
+    description = run.data.tags["mlflow.note.content"]
+    assert f"**{metrics['accuracy']:.2%}**" in description
+    assert "target of 50.00% is reached" in description
+    assert "published: 97.7453%" in description
+    assert f"make verify MODEL={run.info.run_id}" in description
 
 
 def test_the_tracked_model_takes_raw_images_and_predicts_what_the_pipeline_did(finished: Path, mnist: Path) -> None:
@@ -100,10 +114,11 @@ def test_another_folder_time_and_number_of_threads_give_the_same_bytes(finished:
     ("edit", "due"),
     [
         ({}, []),
-        ({"plot.dpi": 120}, ["plot"]),
-        ({"evaluate.target_accuracy": 0.6}, ["evaluate"]),
-        ({"train.lr": 0.05}, ["train"]),
-        ({"data.timeout": 5.0}, ["download"]),
+        ({"plot.dpi": 120}, ["plot", "track"]),
+        ({"evaluate.target_accuracy": 0.6}, ["evaluate", "track"]),
+        ({"train.lr": 0.05}, ["train", "track"]),
+        ({"data.timeout": 5.0}, ["download", "track"]),
+        ({"train.momentum": 0.5}, ["train", "track"]),
     ],
 )
 def test_an_edit_runs_only_what_it_touches(repository: Path, edit: dict[str, object], due: list[str]) -> None:
@@ -121,26 +136,46 @@ def test_an_edit_runs_only_what_it_touches(repository: Path, edit: dict[str, obj
         ({"train.device": "cuda"}, "params.yaml: train.device is 'cuda', but PyTorch finds no usable GPU here"),
     ],
 )
-def test_a_failing_stage_says_why_in_one_line_and_leaves_the_last_good_results(
+def test_a_failing_stage_says_why_in_one_line_and_the_last_results_come_back(
     finished: Path, repository: Path, edit: dict[str, object], message: str
 ) -> None:
+    good = (repository / "params.yaml").read_bytes()
     project.edit(repository, edit)
     done = project.run(repository, "dvc", "repro", check=False)
     assert done.returncode != 0
     assert message in done.stderr
+    assert "undo the change, and `dvc repro` brings the last results back" in done.stderr
     assert "Traceback" not in done.stderr
+
+    (repository / "params.yaml").write_bytes(good)
+    assert project.stages_run(project.run(repository, "dvc", "repro").stdout) == []
     assert project.contents(repository) == project.contents(finished)
 
 
-def test_a_deleted_store_is_filled_again(repository: Path) -> None:
-    project.run(repository, "dvc", "repro", "--force", "evaluate", "--single-item")
-    project.run(repository, "dvc", "repro", "--force", "plot", "--single-item")
-    (run,) = project.runs(repository)
-    assert "Trained elsewhere" in run.data.tags["mlflow.note.content"]
-    assert run.info.status == "FINISHED"
-    assert run.data.metrics.keys() >= {"train_loss", "test_acc", "accuracy"}
-    assert run.outputs is not None
-    assert mlflow.pyfunc.load_model(f"models:/{run.outputs.model_outputs[0].model_id}")
+def test_going_back_trains_nothing_again(finished: Path, repository: Path) -> None:
+    good = (repository / "params.yaml").read_bytes()
+    project.edit(repository, {"train.lr": 0.05})
+    assert "train" in project.stages_run(project.run(repository, "dvc", "repro").stdout)
+    (repository / "params.yaml").write_bytes(good)
+    assert project.stages_run(project.run(repository, "dvc", "repro").stdout) == ["track"]
+    assert project.contents(repository) == project.contents(finished)
+
+
+def test_each_stage_declares_every_file_of_the_project_that_it_imports(repository: Path) -> None:
+    stages = yaml.safe_load((repository / "dvc.yaml").read_text())["stages"]
+    for name, stage in stages.items():
+        script = f"""if True:
+            import importlib, pathlib, sys
+            importlib.import_module("stages.{name}")
+            files = [module.__file__ for module in list(sys.modules.values()) if getattr(module, "__file__", None)]
+            here = pathlib.Path.cwd()
+            print(*[pathlib.Path(file).relative_to(here) for file in files if here in pathlib.Path(file).parents])"""
+        imported = set(project.run(repository, sys.executable, "-c", script).stdout.split())
+        declared = {file for dep in stage["deps"] for file in (dep, *map(str, Path(repository, dep).glob("*.py")))}
+        declared = {str(Path(file).relative_to(repository)) if file.startswith("/") else file for file in declared}
+        assert len(imported) > 2
+        assert imported <= declared, name
+        assert "requirements.txt" in declared, name
 
 
 def stop(repository: Path, stage: str, number: signal.Signals, moment: float | str) -> None:
@@ -187,16 +222,16 @@ def test_a_store_that_was_half_made_is_made_anew(repository: Path) -> None:
     stop(repository, "train", signal.SIGKILL, part.name)
     assert part.exists()
     assert not store.exists()
-    project.run(repository, sys.executable, "-c", "from stages import tracking; tracking.connect()")
+    project.run(repository, sys.executable, "-c", "from mnist_mlp import store; store.connect()")
     assert store.exists()
     assert not part.exists()
 
 
 def test_a_store_that_is_no_database_is_reported_in_one_line(repository: Path) -> None:
     (repository / "mlflow.db").write_text("It was a dark and stormy night; the rain fell in torrents.")
-    done = project.run(repository, sys.executable, "-m", "stages.plot", check=False)
+    done = project.run(repository, sys.executable, "-m", "stages.track", check=False)
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
-    assert done.stderr.startswith(f"plot: MLflow at sqlite:///{repository}/mlflow.db refuses: ")
+    assert done.stderr.startswith(f"track: MLflow at sqlite:///{repository}/mlflow.db refuses: ")
     assert "not a database" in done.stderr
 
 
@@ -246,7 +281,7 @@ class Trap:
 def test_weights_of_another_net_are_refused(repository: Path) -> None:
     project.edit(repository, {"model.hidden": [32, 32]})
     done = project.run(repository, sys.executable, "-m", "stages.evaluate", check=False)
-    assert done.stderr.startswith("evaluate: results/model.safetensors holds another net's weights")
+    assert done.stderr.startswith("evaluate: results/model.safetensors holds the weights of another net")
 
 
 @pytest.mark.parametrize(
@@ -260,7 +295,7 @@ def test_a_full_or_read_only_disk_leaves_what_was_there(
         mount -t tmpfs -o size=64m tmpfs /mnt && cp -a results/. /mnt
         used=$(du -sk /mnt | cut -f1); size=$((used + 64))k
         mount -o remount,{mount.replace("size=64k", "size=$size")} /mnt && mount --bind /mnt results
-        dvc repro --force --single-item evaluate; status=$?
+        python -m stages.evaluate; status=$?
         cp -a results/. "$1"; exit $status"""
     if project.run(repository, "unshare", "-rm", "true", check=False).returncode:
         pytest.skip("no mount namespaces here")
@@ -277,5 +312,5 @@ def test_a_full_or_read_only_disk_leaves_what_was_there(
 def test_nothing_calls_home(finished: Path) -> None:
     for option in ("core.analytics", "core.check_update"):
         assert project.run(finished, "dvc", "config", option).stdout.strip() == "false"
-    script = "import stages, mlflow.telemetry.utils as t; print(t.is_telemetry_disabled())"
+    script = "import mnist_mlp, mlflow.telemetry.utils as t; print(t.is_telemetry_disabled())"
     assert project.run(finished, sys.executable, "-c", script).stdout.strip() == "True"

@@ -1,27 +1,41 @@
+"""The training loop: PyTorch's own, over a layer whose sums have a fixed order."""
+
 import hashlib
-from itertools import islice
+from copy import deepcopy
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from stages import data, net, train
+from mnist_mlp import UserError, data, net, params, training
 from tests import textbook
-
-TrainingSet = tuple[Tensor, Tensor]
 
 
 @pytest.fixture(scope="module")
-def training_set(mnist: Path) -> TrainingSet:
+def train_set(mnist: Path) -> training.Dataset:
     images, labels = (torch.from_numpy(array) for array in data.load("train", mnist))
-    return net.normalise(images, 0.5, 0.5), labels.long()
+    return training.Dataset(net.normalise(images, 0.5, 0.5), labels.long())
 
 
-def mlp(hidden: list[int]) -> torch.nn.Sequential:
+def first(dataset: training.Dataset, count: int) -> training.Dataset:
+    return training.Dataset(*(tensor[:count] for tensor in dataset))
+
+
+def recipe(**train: object) -> params.Params:
+    p = params.load()
+    return p.model_copy(update={"train": p.train.model_copy(update=train)})
+
+
+def mlp(hidden: list[int]) -> nn.Sequential:
     torch.manual_seed(42)
     return net.mlp(hidden)
+
+
+def weights(model: nn.Module) -> bytes:
+    return b"".join(parameter.detach().numpy().tobytes() for parameter in model.parameters())
 
 
 def test_the_net_has_the_tutorials_size_and_pytorchs_initialisation() -> None:
@@ -33,27 +47,35 @@ def test_the_net_has_the_tutorials_size_and_pytorchs_initialisation() -> None:
 
 
 @pytest.mark.parametrize("onednn", [True, False], ids=["oneDNN", "elsewhere"])
+@pytest.mark.parametrize(("momentum", "weight_decay"), [(0.0, 0.0), (0.9, 1e-3)], ids=["plain", "momentum"])
 def test_every_step_agrees_with_the_textbook_loop(
-    mnist: Path, training_set: TrainingSet, onednn: bool, monkeypatch: pytest.MonkeyPatch
+    mnist: Path,
+    train_set: training.Dataset,
+    momentum: float,
+    weight_decay: float,
+    onednn: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """To float32 rounding, from a common start for every two steps; also by the products that a GPU is given.
+    """To float32 rounding, from a common start for every two steps; also with the products that a GPU is given.
 
-    Left alone, the two part within a hundred steps: a last bit decides on which side of zero a ReLU's input falls, and
+    Left alone, the two part within a hundred steps: a last bit decides on which side of zero a ReLU's input is, and
     with it whether a whole gradient passes.
     """
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: onednn)
-    images, labels = training_set
-    order = torch.randperm(len(images))[:2_528]  # the last of 40 batches holds 32
+    order = torch.randperm(len(train_set.images))[:2_528]  # the last of 40 batches holds 32
     dataset = textbook.dataset(mnist.parents[1], train=True)
     ours, theirs = mlp([400, 200, 100]), textbook.net()
-    optimizer = torch.optim.SGD(theirs.parameters(), lr=0.1)
-    steps = train.train_epoch(ours, images, labels, order, batch_size=64, lr=0.1)
+    our_sgd, their_sgd = (
+        torch.optim.SGD(model.parameters(), lr=0.1, momentum=momentum, weight_decay=weight_decay)
+        for model in (ours, theirs)
+    )
     for chunk in order.split(2 * 64):
         for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
             b.data.copy_(a)
-        expected = textbook.train_epoch(theirs, optimizer, dataset, chunk.tolist())
-        np.testing.assert_allclose(list(islice(steps, len(expected))), expected, rtol=1e-6)
-    assert next(steps, None) is None
+        their_sgd.load_state_dict(deepcopy(our_sgd.state_dict()))
+        expected = textbook.train_epoch(theirs, their_sgd, dataset, chunk.tolist())
+        figures = training.train_epoch(ours, our_sgd, train_set, chunk, batch_size=64)
+        np.testing.assert_allclose(figures, np.mean(expected, axis=0), rtol=1e-6)
 
 
 def test_testing_agrees_with_the_textbook_loop(mnist: Path) -> None:
@@ -61,52 +83,107 @@ def test_testing_agrees_with_the_textbook_loop(mnist: Path) -> None:
     ours, theirs = mlp([400, 200, 100]), textbook.net()
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         b.data.copy_(a)
-    scores = net.score(ours, net.normalise(images, 0.5, 0.5), 128)
-    loss, accuracy = net.batch_means(scores, labels.long(), 128)
+    test_set = training.Dataset(net.normalise(images, 0.5, 0.5), labels.long())
+    loss, accuracy = training.test_epoch(ours, test_set, 128)
     expected_loss, expected_accuracy = textbook.test_epoch(theirs, textbook.dataset(mnist.parents[1], train=False))
     assert loss == pytest.approx(expected_loss, rel=1e-6)
     assert accuracy == pytest.approx(expected_accuracy, abs=1e-12)
 
 
-@pytest.mark.parametrize("inner", [10, 64, 100, 200, 400, 784])
+def test_any_other_layers_train_by_the_same_loop(train_set: training.Dataset) -> None:
+    torch.manual_seed(42)
+    widths = pairwise([784, 64, 32])
+    hidden = [layer for n_in, n_out in widths for layer in (net.Linear(n_in, n_out), nn.LayerNorm(n_out), nn.Tanh())]
+    model = nn.Sequential(*hidden, nn.Dropout(0.1), net.Linear(32, 10, bias=False))
+    small = first(train_set, 6_400)
+    epochs = list(training.train(model, small, small, recipe(epochs=2)))
+    assert epochs[0].train_acc < epochs[1].train_acc
+    assert epochs[1].test_acc > 0.7
+
+
+def test_the_layer_takes_and_differentiates_whatever_nn_linear_does() -> None:
+    """Any number of leading dimensions, none too, with and without bias, and inputs that need no gradient."""
+    ours, theirs = net.Linear(6, 4), nn.Linear(6, 4)
+    ours.load_state_dict(theirs.state_dict())
+    for shape in [(6,), (5, 6), (2, 3, 6), (0, 6)]:
+        inputs = torch.randn(shape)
+        for needed in (True, False):
+            a, b = (inputs.clone().requires_grad_(needed) for _ in range(2))
+            for layer, value in ((ours, a), (theirs, b)):
+                layer.zero_grad()
+                output = layer(value)
+                output.pow(2).sum().backward()
+            assert ours(a).shape == theirs(b).shape
+            for x, y in [(a.grad, b.grad), (ours.weight.grad, theirs.weight.grad), (ours.bias.grad, theirs.bias.grad)]:
+                assert (x is None) == (y is None)
+                if x is not None and y is not None:
+                    torch.testing.assert_close(x, y)
+
+
+def chain_of_fused_multiply_adds(a: Tensor, b: Tensor) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
+    """In float64 a product is exact and the sum nearly so: rounded once to float32, as the instruction does."""
+    chain = np.zeros((len(a), len(b)), np.float32)
+    for k in range(a.shape[1]):
+        chain = (np.outer(a[:, k].double(), b[:, k].double()) + chain).astype(np.float32)
+    return chain
+
+
+@pytest.mark.parametrize("inner", [10, 64, 100, 200, 400, 784, 1024])
 def test_an_element_of_a_product_is_one_chain_of_fused_multiply_adds(inner: int) -> None:
-    """An order of summation that no processor, cache or number of threads has a say in."""
+    """An order of summation that no processor, cache or number of threads influences. It holds up to 1024."""
     generator = torch.Generator().manual_seed(inner)
     a, b = (torch.randn(rows, inner, generator=generator) for rows in (64, 100))
-    chain = np.zeros((64, 100), np.float32)
-    for k in range(
-        inner
-    ):  # in float64 the product is exact and the sum nearly so: rounded once, as the instruction does
-        chain = (np.outer(a[:, k].double(), b[:, k].double()) + chain).astype(np.float32)
+    chain = chain_of_fused_multiply_adds(a, b)
     assert np.array_equal(net._product(a, b).numpy(), chain)
     assert np.array_equal(net._product(a, b.t().contiguous().t()).numpy(), chain)
 
 
-@pytest.mark.parametrize(("hidden", "batch_size"), [([400, 200, 100], 64), ([33, 7], 1000), ([], 1)])
+@pytest.mark.parametrize(
+    ("hidden", "batch_size"),
+    [([400, 200, 100], 64), ([33, 7], 1000), ([], 1), ([1500], 64), ([16], 5000)],
+    ids=["recipe", "odd", "no hidden layer", "wider than 1024", "more than 1024 in a batch"],
+)
 def test_any_number_of_threads_gives_the_same_bytes(
-    training_set: TrainingSet, hidden: list[int], batch_size: int
+    train_set: training.Dataset, hidden: list[int], batch_size: int
 ) -> None:
-    images, labels = training_set
-    order = torch.arange(min(4_000, 100 * batch_size))
+    train, test = first(train_set, min(10_000, 50 * batch_size)), first(train_set, 1000)
     threads, digests = torch.get_num_threads(), set()
     try:
         for number in (1, 2, 3, 8):
             torch.set_num_threads(number)
             model = mlp(hidden)
-            steps = list(train.train_epoch(model, images, labels, order, batch_size, lr=0.1))
-            figures = net.batch_means(net.score(model, images[:1000], 128), labels[:1000], 128)
-            weights = b"".join(parameter.detach().numpy().tobytes() for parameter in model.parameters())
-            digests.add(hashlib.sha256(repr((steps, figures)).encode() + weights).hexdigest())
+            epochs = list(training.train(model, train, test, recipe(epochs=1, batch_size=batch_size)))
+            digests.add(hashlib.sha256(repr(epochs).encode() + weights(model)).hexdigest())
     finally:
         torch.set_num_threads(threads)
     assert len(digests) == 1
 
 
-def test_the_exported_model_takes_raw_images_and_returns_probabilities(mnist: Path) -> None:
+@pytest.mark.parametrize(
+    ("settings", "where"),
+    [
+        ({"lr": 10.0}, "a step"),
+        ({"lr": 1e6, "batch_size": 60_000}, "only the test: one step an epoch, and no further loss"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_divergence_is_noticed(train_set: training.Dataset, settings: dict[str, object], where: str) -> None:
+    small = first(train_set, 6_400)
+    with pytest.raises(UserError, match=rf"diverged in epoch 0: the loss is .*try a train.lr below {settings['lr']}"):
+        list(training.train(mlp([32]), small, small, recipe(epochs=1, **settings)))
+
+
+def test_a_loss_that_is_not_a_number_counts_as_divergence() -> None:
+    with pytest.raises(FloatingPointError, match="the loss is nan"):
+        training.batch_means(torch.full((4, 10), torch.nan), torch.zeros(4, dtype=torch.long), 2)
+
+
+def test_the_exported_model_takes_raw_images_and_runs_on_any_processor(mnist: Path) -> None:
     images = torch.from_numpy(data.load("t10k", mnist)[0])[:5]
     model = mlp([30])
-    classifier = net.ImageClassifier(model, 0.5, 0.5)
+    classifier = net.ImageClassifier(model, 0.5, 0.5).eval()
     probabilities = classifier(images)
     assert torch.allclose(probabilities, model(net.normalise(images, 0.5, 0.5)).softmax(1))
     exported = torch.export.export(classifier, (images,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
     assert torch.allclose(exported.module()(images), probabilities, atol=1e-6)
+    assert "mkldnn" not in str(exported.graph)

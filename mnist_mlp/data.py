@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from stages import StageError
+from mnist_mlp import UserError
 
 Split = Literal["train", "t10k"]
 RAW = Path("data/MNIST/raw")
@@ -31,7 +31,7 @@ def load(split: Split, raw: Path = RAW) -> tuple[NDArray[np.uint8], NDArray[np.u
         Images (N, 28, 28), 0 for paper to 255 for ink, and their labels (N,), 0 to 9.
 
     Raises:
-        StageError: a file is missing or is not MNIST's.
+        UserError: a file is missing or is not MNIST's.
     """
     images = _verified(raw / f"{split}-images-idx3-ubyte")[16:]  # after four 32-bit numbers
     labels = _verified(raw / f"{split}-labels-idx1-ubyte")[8:]  # after two
@@ -43,7 +43,7 @@ def _verified(path: Path) -> NDArray[np.uint8]:
     try:
         content = path.read_bytes()
     except FileNotFoundError:
-        raise StageError(f"{path} is missing; {remedy}") from None
+        raise UserError(f"{path} is missing; {remedy}") from None
     if hashlib.sha256(content).hexdigest() != SHA256[path.name]:
-        raise StageError(f"{path} is damaged: its SHA-256 is not that of MNIST's file; {remedy}")
+        raise UserError(f"{path} is damaged: its SHA-256 is not that of MNIST's file; {remedy}")
     return np.frombuffer(bytearray(content), np.uint8)  # writable, which torch.from_numpy asks for

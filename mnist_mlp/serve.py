@@ -1,4 +1,4 @@
-"""Serve the champion on loopback: ``make serve``, or ``python -m stages.serve --port 5001``.
+"""Serve the champion on loopback: ``make serve``, or ``python -m mnist_mlp.serve --port 5001``.
 
 The protocol is that of ``mlflow models serve``, which serves the same model: POST /invocations takes
 ``{"inputs": [image, ...]}`` and answers ``{"predictions": [[probability of 0, ... of 9], ...]}``; GET /ping and /health
@@ -9,6 +9,7 @@ one.
 
 import argparse
 import gc
+import socket
 from typing import Annotated
 
 import numpy as np
@@ -16,10 +17,11 @@ import torch
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse
+from mlflow.entities.model_registry import ModelVersion
 from pydantic import BaseModel, FailFast, Field, ValidationError
 from starlette.requests import ClientDisconnect
 
-from stages import champion, run
+from mnist_mlp import UserError, registry, run_command
 
 LIMIT = 32 << 20  # bytes of a request: all 10,000 test images fit, and its JSON takes less than 1 GB and 1 s to read
 
@@ -36,21 +38,31 @@ class Invocation(BaseModel):
 
 def main() -> None:
     """Load the champion and answer until interrupted."""
-    parser = argparse.ArgumentParser(prog="python -m stages.serve", description="Serve the champion on 127.0.0.1.")
+    parser = argparse.ArgumentParser(prog="python -m mnist_mlp.serve", description="Serve the champion on 127.0.0.1.")
     parser.add_argument("--port", type=int, default=5001)
     port = parser.parse_args().port
     if not 0 < port < 1 << 16:
         parser.error("a port is a number from 1 to 65535")
+    try:
+        listener = socket.create_server(("127.0.0.1", port))
+    except OSError as error:
+        raise UserError(f"cannot listen on 127.0.0.1:{port}: {error.strerror}; `make serve PORT=...`") from None
     # A second thread wins 1 ms of the 20 that 256 images take. Where other processes want its core it loses 100: the
     # first thread spins until it has had its turn.
     torch.set_num_threads(1)
-    classify = champion.load()
-    gc.freeze()  # what the libraries hold stays; looking for garbage in it takes 0.4 s, while requests wait
-    uvicorn.run(server(classify), host="127.0.0.1", port=port, access_log=False)
-    gc.unfreeze()  # or else a library complains at the end
+    version, classify = registry.load()
+    gc.freeze()  # the libraries' objects stay; a search for garbage among them takes 0.4 s, while requests wait
+    print(
+        f"serving {registry.NAME} version {version.version}, model {version.tags.get('model.md5', 'unknown')}",
+        flush=True,
+    )
+    try:
+        uvicorn.Server(uvicorn.Config(server(version, classify), access_log=False)).run(sockets=[listener])
+    finally:
+        gc.unfreeze()  # so that Python can free these objects at its end; otherwise nanobind, a part of Triton, warns
 
 
-def server(classify: champion.Classifier) -> FastAPI:
+def server(version: ModelVersion, classify: registry.Classifier) -> FastAPI:
     """Put a model behind ``/invocations``; a request that is wrong gets status 400, a huge one 413, and the reason."""
     app = FastAPI(openapi_url=None)  # without the generated pages, which would load scripts from elsewhere
 
@@ -58,6 +70,15 @@ def server(classify: champion.Classifier) -> FastAPI:
     @app.get("/health")
     async def ping() -> Response:
         return Response()
+
+    @app.get("/version")
+    async def served_version() -> dict[str, str | None]:
+        return {
+            "name": version.name,
+            "version": str(version.version),
+            "run_id": version.run_id,
+            "model.md5": version.tags.get("model.md5"),
+        }
 
     @app.post("/invocations")
     async def invocations(request: Request) -> JSONResponse:
@@ -95,4 +116,4 @@ def _reason(error: ValidationError) -> str:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

@@ -1,0 +1,78 @@
+"""What the stages share, and the commands that use their results.
+
+This file is imported before all others. It sets what must be set before PyTorch is loaded, names the files that the
+stages exchange, and holds the few lines that every command needs.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+# `python -m` imports this file before the command itself; until then the command's name is "-m". The imports take
+# seconds, and libraries turn a KeyboardInterrupt into errors of their own. So until run_command, Ctrl-C simply ends it.
+if sys.argv[0] == "-m" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+# PyTorch and oneDNN use the widest instructions that they find, and each width adds in another order. Limited to AVX2,
+# they give the same bytes on every x86-64 processor that has it. See also mnist_mlp/net.py.
+os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX2"
+CPUINFO = Path("/proc/cpuinfo")
+HAS_AVX2 = CPUINFO.exists() and " avx2 " in CPUINFO.read_text()
+if HAS_AVX2:  # PyTorch does not check this value: on a processor without AVX2 it would crash
+    os.environ["ATEN_CPU_CAPABILITY"] = "avx2"
+os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # deterministic products, where train.device is cuda
+
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+# A model's .pt2 file contains its weights as a pickle. With this setting MLflow opens the file only if that pickle
+# holds nothing but tensors.
+os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"
+
+MODEL = Path("results/model.safetensors")
+HISTORY = Path("results/history.csv")
+METRICS = Path("results/metrics.json")
+PREDICTIONS = Path("results/predictions.csv")
+PLOTS = Path("results/plots")
+PUBLISHED = Path("data/published_history.csv")  # the figures that the tutorial prints
+
+
+class UserError(Exception):
+    """Something that a user can cause and correct. The text says what is wrong, where, and what to do, in one line."""
+
+
+def run_command(main: Callable[[], object]) -> None:
+    """Run a command's ``main``. A ``UserError`` or ``OSError`` ends it with one line on stderr and exit status 1."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` ends a command as Ctrl-C does
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        main()
+    except (UserError, OSError) as error:
+        # DVC removes a stage's results before it runs the stage, and keeps a copy in its cache.
+        results = (MODEL, HISTORY, METRICS, PREDICTIONS)
+        removed = "DVC_STAGE" in os.environ and not all(path.exists() for path in results)
+        hint = "; undo the change, and `dvc repro` brings the last results back" if removed else ""
+        sys.exit(f"{Path(sys.argv[0]).stem}: {error}{hint}")
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):  # PyTorch's word for too little memory
+            raise
+        sys.exit(f"{Path(sys.argv[0]).stem}: too little memory; lower model.hidden or train.batch_size in params.yaml")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def write(path: Path, content: bytes | str) -> None:
+    """Write ``content`` to ``path``, all of it or nothing: until the end, the old file stays as it is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    try:
+        with part.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; what was there before is untouched") from error
+    finally:
+        part.unlink(missing_ok=True)

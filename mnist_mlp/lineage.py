@@ -1,0 +1,108 @@
+"""What a result comes from: the commit, the changes that are not committed, and what DVC has recorded in dvc.lock."""
+
+import hashlib
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mnist_mlp import UserError
+from mnist_mlp.params import Params
+
+LOCK = Path("dvc.lock")
+UNKNOWN = "unknown"
+TRACK = "track"  # the stage that records the others; DVC writes its own entry when it has ended
+
+
+def md5(content: bytes) -> str:
+    """Hash a file's content as DVC does."""
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
+
+
+def git(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[bytes]:
+    """Run Git in this folder, whatever repository the caller's environment names."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    return subprocess.run(["git", *arguments], env=clean | (env or {}), capture_output=True, check=False)
+
+
+def commit() -> str:
+    """Name the commit that this folder started from, or say ``unknown``."""
+    # DVC runs experiments in copies of the repository, on top of the commit that it names in this variable.
+    revision = os.environ.get("DVC_EXP_BASELINE_REV") or "HEAD"
+    found = git("rev-parse", "--verify", f"{revision}^{{commit}}")
+    return UNKNOWN if found.returncode else found.stdout.decode().strip()
+
+
+def patch() -> bytes | None:
+    """Give the changes since the commit to files that the pipeline depends on, new files included.
+
+    Returns:
+        A patch for ``git apply``, empty if there are no changes; None if Git cannot tell.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        index = {"GIT_INDEX_FILE": str(Path(folder, "index"))}  # the user's own index stays as it is
+        for command in (("read-tree", commit()), ("add", "--all", "--", *_code())):
+            if git(*command, env=index).returncode:
+                return None
+        changes = git("diff-index", "--cached", "--patch", "--binary", "--no-ext-diff", commit(), env=index)
+    return None if changes.returncode else changes.stdout
+
+
+def _code() -> list[str]:
+    """List the files and folders in Git that decide what the pipeline gives; parameters are recorded by themselves."""
+    stages = yaml.safe_load(Path("dvc.yaml").read_text())["stages"].values()
+    outputs = [next(iter(out)) if isinstance(out, dict) else out for stage in stages for out in _outputs(stage)]
+    made = {place for output in outputs for place in (output, *map(str, Path(output).parents))}
+    needed = {dependency for stage in stages for dependency in stage.get("deps", [])}
+    return sorted({"dvc.yaml", *needed} - made)
+
+
+def _outputs(stage: dict[str, Any]) -> list[Any]:
+    return [output for kind in ("outs", "metrics", "plots") for output in stage.get(kind, [])]
+
+
+def recorded(p: Params) -> dict[str, Any]:
+    """Read the stages of ``dvc.lock``, but for the one that records the others.
+
+    Raises:
+        UserError: a parameter, dependency or result is not the recorded one, so the results are not of this state.
+    """
+    try:
+        stages: dict[str, Any] = yaml.safe_load(LOCK.read_text())["stages"]
+    except FileNotFoundError:
+        raise UserError(f"there is no {LOCK}, so there are no results yet; run `dvc repro`") from None
+    stages.pop(TRACK, None)
+    for key, value in parameters(stages).items():
+        if (now := p.flat().get(key)) != value:
+            raise UserError(f"params.yaml: {key} is {now}, and the results were made with {value}; run `dvc repro`")
+    for name, stage in stages.items():
+        for file in [*stage.get("deps", []), *stage.get("outs", [])]:
+            path = file["path"]
+            if not Path(path).exists():
+                raise UserError(f"{path} is missing; run `dvc repro`")
+            if file_md5(path) not in (file["md5"], None):  # None for a folder
+                raise UserError(f"{path} has changed since stage {name} last ran; run `dvc repro`")
+    return stages
+
+
+def outputs(stages: dict[str, Any]) -> dict[str, str]:
+    """Give the MD5 of each result that the stages of a ``dvc.lock`` record, by path; the data are no result."""
+    files = [file for stage in stages.values() for file in stage.get("outs", [])]
+    return {file["path"]: file["md5"] for file in files if not file["md5"].endswith(".dir")}
+
+
+def parameters(stages: dict[str, Any]) -> dict[str, Any]:
+    """Give the parameters that the stages of a ``dvc.lock`` record, named as ``Params.flat`` does."""
+    values: dict[str, Any] = {}
+    for stage in stages.values():
+        for key, value in stage.get("params", {}).get("params.yaml", {}).items():
+            values |= {key: value} if "." in key else {f"{key}.{name}": item for name, item in value.items()}
+    return values
+
+
+def file_md5(path: str) -> str | None:
+    """Hash a file; None if there is none."""
+    return md5(Path(path).read_bytes()) if Path(path).is_file() else None

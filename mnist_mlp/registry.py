@@ -1,0 +1,142 @@
+"""MLflow's model registry: versions of ``mnist-mlp``, and the one to use, which bears the alias ``champion``."""
+
+import json
+from collections.abc import Callable
+
+import mlflow
+import numpy as np
+from mlflow.entities import Run
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+from numpy.typing import NDArray
+
+from mnist_mlp import METRICS, UserError, params, store, tracking
+from mnist_mlp.params import Params
+
+Classifier = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
+NAME = "mnist-mlp"
+CHAMPION = "champion"
+TAGS = ("git.commit", "data.digest", "model.md5")
+
+
+def register(run: Run, p: Params) -> str:
+    """Make the run's model a version if it reaches the target, once for the same bytes, and decide who is champion.
+
+    Args:
+        run: a complete run.
+        p: for the target, and for ``evaluate.register``.
+
+    Returns:
+        What came of it, for people.
+    """
+    if not p.evaluate.register_model:
+        return "not registered: evaluate.register is false"
+    reached = run.data.metrics["accuracy"] >= p.evaluate.target_accuracy
+    try:
+        with store.lock():
+            version = _version_of(run) if reached else None
+            champion = _decide()
+    except MlflowException as error:
+        raise UserError(f"MLflow refuses: {store.first_line(error)}; `make track` tries again") from None
+    state = f"{NAME} version {version.version}" if version else "not registered, because the target is missed"
+    if champion is None:
+        return f"{state}; there is no champion"
+    same = version and champion.version == version.version
+    return f"{state}, the champion" if same else f"{state}; the champion is version {champion.version}"
+
+
+def _version_of(run: Run) -> ModelVersion:
+    """Find the version with the bytes of the run's model, or make it."""
+    for version in _versions():
+        if version.tags.get("model.md5") == run.data.tags["model.md5"] and _usable(version):
+            return version
+    tags = {name: run.data.tags[name] for name in TAGS} | {"accuracy": str(run.data.metrics["accuracy"])}
+    return mlflow.register_model(f"models:/{tracking.model_of(run)}", NAME, tags=tags)
+
+
+def _decide() -> ModelVersion | None:
+    """Give the alias to the best version. Of equal ones the champion stays, else it is the oldest.
+
+    It looks again after each change: of several clones that register at once on one server, the last to change
+    anything sees the versions of all.
+    """
+    client = mlflow.MlflowClient()
+    while True:
+        champion = _champion()
+        ranked = sorted(
+            _versions(), key=lambda v: (_accuracy(v), str(v.version) == champion, -int(v.version)), reverse=True
+        )
+        best = next(filter(_usable, ranked), None)
+        if best is None or str(best.version) == champion:
+            return best
+        client.set_registered_model_alias(NAME, CHAMPION, best.version)
+
+
+def _versions() -> list[ModelVersion]:
+    return list(mlflow.MlflowClient().search_model_versions(f"name = '{NAME}'"))
+
+
+def _champion() -> str | None:
+    try:
+        return str(mlflow.MlflowClient().get_model_version_by_alias(NAME, CHAMPION).version)
+    except MlflowException:
+        return None
+
+
+def _usable(version: ModelVersion) -> bool:
+    """Look whether the version's files are there; they can be deleted, and a new version then takes its place."""
+    try:
+        return bool(mlflow.artifacts.list_artifacts(artifact_uri=f"models:/{NAME}/{version.version}"))
+    except (MlflowException, OSError):
+        return False
+
+
+def _accuracy(version: ModelVersion) -> float:
+    """Look the accuracy up: in the tags that we give a version, else in its run; 0 where neither has it."""
+    if "accuracy" in version.tags:
+        return float(version.tags["accuracy"])
+    try:
+        return float(mlflow.get_run(version.run_id or "").data.metrics["accuracy"])
+    except (MlflowException, KeyError):
+        return 0.0
+
+
+def load() -> tuple[ModelVersion, Classifier]:
+    """Load the champion.
+
+    Returns:
+        Its version, and a function from raw images (N, 28, 28), uint8, 0 for paper to 255 for ink, to probabilities
+        (N, 10), float32; any N from 1.
+
+    Raises:
+        UserError: no MLflow store is available, or no champion in it, or its files are lost, damaged or unsafe.
+    """
+    import torch
+
+    store.connect()
+    uri = f"models:/{NAME}@{CHAMPION}"
+    try:
+        version = mlflow.MlflowClient().get_model_version_by_alias(NAME, CHAMPION)
+        model = mlflow.pytorch.load_model(uri)
+    except (MlflowException, OSError, RuntimeError) as error:
+        raise UserError(f"MLflow has no usable {uri}: {_reason(error)}") from None
+
+    def classify(images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        with torch.no_grad():
+            probabilities: NDArray[np.float32] = model(torch.from_numpy(images)).numpy()
+        return probabilities
+
+    return version, classify
+
+
+def _reason(error: Exception) -> str:
+    """Say why there is no champion, and what to do."""
+    try:
+        accuracy, target = json.loads(METRICS.read_text())["accuracy"], params.load().evaluate.target_accuracy
+    except (UserError, OSError, ValueError, KeyError):
+        accuracy = target = 0.0
+    if _champion() is None and accuracy < target:
+        return (
+            f"the results miss the target, {accuracy:.2%} of {target:.2%}, so there is no champion; change params.yaml"
+        )
+    return f"{store.first_line(error).partition('. ')[0].rstrip('.')}; `make track` makes it from the results"

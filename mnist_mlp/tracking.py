@@ -1,0 +1,282 @@
+"""A run in MLflow, and what goes into it: all that leads from a number back to its origin.
+
+``train`` opens the run and logs each epoch as it ends. ``track``, the pipeline's last stage, adds metrics, plots and
+``dvc.lock``. It adds them only to a run of the same code, parameters and model; otherwise it makes a complete new one
+from the files in ``results/``. Runs and files belong together by the MD5 of the model file, which is in ``dvc.lock``
+too: a run id in a DVC output would change ``dvc.lock`` at every run for nothing.
+"""
+
+import csv
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import yaml
+from mlflow.data.http_dataset_source import HTTPDatasetSource
+from mlflow.data.meta_dataset import MetaDataset
+from mlflow.entities import LoggedModelOutput, Run
+from mlflow.exceptions import MlflowException
+
+from mnist_mlp import CPUINFO, HISTORY, METRICS, MODEL, PLOTS, PUBLISHED, UserError, data, lineage, store
+from mnist_mlp.params import Params
+
+PATCH = "uncommitted.patch"
+CLEAN = "none"  # the digest of no patch
+
+
+class LiveRun:
+    """The active MLflow run of a training. If its server is lost, the training goes on without it."""
+
+    def __init__(self, run_id: str) -> None:
+        """Start with a server that has just answered."""
+        self.run_id = run_id
+        self.lost = False
+        self._since = time.perf_counter()
+
+    def log_epoch(self, epoch: int, figures: Mapping[str, float]) -> None:
+        """Log one epoch's figures, with ``step`` = epoch, and the seconds since the epoch before."""
+        now = time.perf_counter()
+        seconds, self._since = now - self._since, now
+        # MLflow shows what begins with system/ on a page of its own, so that the page of metrics begins with ours.
+        self._send(mlflow.log_metrics, {**figures, "system/epoch_seconds": seconds}, step=epoch)
+
+    def log_model(self, p: Params, weights: bytes) -> None:
+        """Log the model that the weights make; see ``log_model`` below."""
+        self._send(log_model, p, weights)
+
+    def end(self, status: str) -> None:
+        """Close the run."""
+        self._send(mlflow.end_run, status)
+
+    def _send(self, call: Callable[..., object], *arguments: Any, **options: Any) -> None:
+        if self.lost:
+            return
+        try:
+            call(*arguments, **options)
+        except (MlflowException, OSError) as error:
+            self.lost = True
+            reason = store.first_line(error)
+            print(f"MLflow is lost ({reason}); going on. Stage track will send all of it", file=sys.stderr)
+
+
+@contextmanager
+def new_run(p: Params, **tags: str) -> Iterator[LiveRun]:
+    """Open a run with the parameters, the data set, and tags that say what it is made from; close it as it ended.
+
+    Raises:
+        UserError: no MLflow store is available.
+    """
+    store.connect()
+    try:
+        patch = lineage.patch()
+        run = mlflow.start_run(run_name=_name(), tags=_origin(patch) | tags)
+        mlflow.log_params(p.flat())
+        source = HTTPDatasetSource(p.data.mirrors[0])
+        dataset = MetaDataset(source, name="MNIST", digest=data.DIGEST)  # type: ignore[abstract]
+        mlflow.log_input(dataset, context="training")
+        mlflow.log_artifact("params.yaml")
+        if patch:
+            _log_patch(patch)
+    except (MlflowException, OSError) as error:
+        raise UserError(f"MLflow refuses: {store.first_line(error)}") from None
+    live, status = LiveRun(run.info.run_id), "FAILED"
+    try:
+        yield live
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        live.end(status)
+
+
+def _log_patch(patch: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, PATCH).write_bytes(patch)  # as bytes: a file in it need not be UTF-8
+        mlflow.log_artifact(str(Path(folder, PATCH)))
+
+
+def log_model(p: Params, weights: bytes) -> None:
+    """Log a model to the active run: raw images (N, 28, 28) in, probabilities (N, 10) out.
+
+    Args:
+        p: the parameters that it was trained with.
+        weights: the content of the model file.
+    """
+    from mlflow.models import ModelSignature  # here: these load PyTorch, which takes seconds, and track rarely needs it
+    from mlflow.types import Schema, TensorSpec
+
+    from mnist_mlp import net
+
+    model = net.mlp(p.model.hidden)
+    net.load_weights(model, weights, str(MODEL))
+    digest = lineage.md5(weights)
+    mlflow.pytorch.log_model(
+        net.ImageClassifier(model, p.data.mean, p.data.std).eval(),
+        name="model",
+        serialization_format="pt2",  # no pickle
+        signature=ModelSignature(
+            Schema([TensorSpec(np.dtype(np.uint8), (-1, 28, 28))]),
+            Schema([TensorSpec(np.dtype(np.float32), (-1, 10))]),
+        ),
+        input_example=data.load("t10k")[0][:2],
+        pip_requirements=[f"{name}=={importlib.metadata.version(name)}" for name in ("mlflow", "numpy", "torch")],
+        tags={"model.md5": digest},
+    )
+    mlflow.set_tag("model.md5", digest)  # last: a run that is found by it has all of the training
+
+
+def track(p: Params) -> tuple[Run, bool]:
+    """Make MLflow's record of the present results complete.
+
+    Returns:
+        The run of these results, and whether there was something to add.
+
+    Raises:
+        UserError: the results are not those of the present code and parameters, or MLflow cannot take them.
+    """
+    recorded = lineage.recorded(p)
+    store.connect()
+    try:
+        with store.lock():  # a second process waits, and then finds the run
+            digest = lineage.md5(json.dumps(recorded, sort_keys=True).encode())
+            run = _find(p, digest)
+            if run and run.data.tags.get("dvc.lock.md5") == digest:
+                return run, False
+            if run is None:
+                with new_run(p) as live:
+                    _log_training(p)
+                if live.lost:
+                    raise UserError("MLflow did not get all of it; `make track` sends it again")
+                run = mlflow.get_run(live.run_id)
+            _log_results(run.info.run_id, p, recorded, digest)
+            return mlflow.get_run(run.info.run_id), True
+    except (MlflowException, OSError) as error:
+        raise UserError(f"MLflow refuses: {store.first_line(error)}; `make track` tries again") from None
+
+
+def model_of(run: Run) -> str | None:
+    """Give the id of the run's logged model, if its files are there."""
+    for output in run.outputs.model_outputs if run.outputs else []:
+        if _has_files(output.model_id):
+            return str(output.model_id)
+    return None
+
+
+def _find(p: Params, digest: str) -> Run | None:
+    """Find the run of the present state: the same code, parameters and model, and the same DVC experiment if any."""
+    patch, experiment = lineage.patch(), os.environ.get("DVC_EXP_NAME")
+    code = {"git.commit": lineage.commit(), "git.patch.md5": _patch_digest(patch)}
+    params = {name: str(value) for name, value in p.flat().items()}
+    for run in store.search(f"tags.`model.md5` = '{lineage.md5(MODEL.read_bytes())}' and status = 'FINISHED'"):
+        tags = run.data.tags
+        if experiment and run.info.run_name != experiment:
+            continue
+        if "dvc.lock.md5" in tags:
+            same = tags["dvc.lock.md5"] == digest  # the hashes of all code, data, parameters and results
+        else:
+            same = run.data.params == params and lineage.UNKNOWN not in code.values() and code.items() <= tags.items()
+        if same and model_of(run):
+            return run
+    return None
+
+
+def _log_training(p: Params) -> None:
+    """Log to the active run what a training logs, from the files that it has left."""
+    run = mlflow.active_run()
+    assert run
+    with HISTORY.open() as file:
+        store.log_history(run.info.run_id, list(csv.DictReader(file)))
+    weights = MODEL.read_bytes()
+    digest = lineage.md5(weights)
+    client = mlflow.MlflowClient()
+    for model in client.search_logged_models([run.info.experiment_id], f"tags.`model.md5` = '{digest}'"):
+        if _has_files(model.model_id):
+            client.log_outputs(run.info.run_id, [LoggedModelOutput(model.model_id, 0)])
+            client.set_tag(run.info.run_id, "model.md5", digest)
+            return
+    log_model(p, weights)
+
+
+def _has_files(model_id: str) -> bool:
+    try:
+        return bool(mlflow.MlflowClient().list_logged_model_artifacts(model_id))
+    except (MlflowException, OSError):
+        return False
+
+
+def _log_results(run_id: str, p: Params, recorded: dict[str, Any], digest: str) -> None:
+    """Add what evaluate and plot have made. The run's status stays as it is, also if this is interrupted."""
+    client = mlflow.MlflowClient()
+    metrics = json.loads(METRICS.read_text())
+    if "per_digit.json" not in {artifact.path for artifact in client.list_artifacts(run_id)}:
+        table = {"digit": list(range(10)), "precision": metrics["precision"], "recall": metrics["recall"]}
+        client.log_table(run_id, table, "per_digit.json")
+    client.log_artifact(run_id, str(METRICS))
+    for plot in sorted(PLOTS.glob("*.png")):
+        client.log_artifact(run_id, str(plot), "plots")
+    client.log_text(run_id, yaml.safe_dump({"schema": "2.0", "stages": recorded}, sort_keys=False), "dvc.lock")
+    # The mean of batches is the last point of test_acc already, and MLflow's page shows each metric before the curves.
+    client.log_metric(run_id, "accuracy", metrics["accuracy"])
+    client.set_tag(run_id, "mlflow.note.content", _description(run_id, p, metrics))
+    client.set_tag(run_id, "dvc.lock.md5", digest)  # last: a run that has it is complete
+
+
+def _description(run_id: str, p: Params, metrics: Mapping[str, float]) -> str:
+    """Say in Markdown what the run is, and how to repeat it."""
+    with PUBLISHED.open() as file:
+        published = float(list(csv.DictReader(file))[-1]["test_acc"])
+    target = p.evaluate.target_accuracy
+    reached = "reached" if metrics["accuracy"] >= target else "missed"
+    return f"""\
+Test accuracy **{metrics["accuracy"]:.2%}** of 10,000 images. The target of {target:.2%} is {reached}.
+
+Mean over batches, as the tutorial counts: {metrics["batch_mean_accuracy"]:.4%}; published: {published:.4%}.
+
+- Prove it: `make verify MODEL={run_id}`
+- Repeat it: `git checkout {lineage.commit()}`, put this run's artifact `params.yaml` there, then `dvc repro`
+"""
+
+
+def _name() -> str:
+    """Name a run as DVC's experiment, or else after branch and commit."""
+    branch = lineage.git("-C", str(store.ROOT), "rev-parse", "--abbrev-ref", "HEAD").stdout.decode().strip()
+    return os.environ.get("DVC_EXP_NAME") or f"{branch}-{lineage.commit()[:7]}"
+
+
+def _origin(patch: bytes | None) -> dict[str, str]:
+    """Say what makes the run: which code, data, versions, machine and process."""
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "mlflow", "dvc")}
+    return versions | {
+        "git.commit": lineage.commit(),
+        "git.branch": lineage.git("-C", str(store.ROOT), "rev-parse", "--abbrev-ref", "HEAD").stdout.decode().strip(),
+        "git.patch.md5": _patch_digest(patch),
+        "data.digest": data.DIGEST,
+        "python": platform.python_version(),
+        "cpu": cpu(),
+        "host": platform.node(),
+        "pid": str(os.getpid()),
+    }
+
+
+def _patch_digest(patch: bytes | None) -> str:
+    if patch is None:
+        return lineage.UNKNOWN
+    return lineage.md5(patch) if patch else CLEAN
+
+
+def cpu() -> str:
+    """Name the processor."""
+    lines = CPUINFO.read_text().splitlines() if CPUINFO.exists() else []
+    names = [line for line in lines if line.startswith("model name")]
+    return names[0].partition(": ")[2] if names else platform.machine()

@@ -1,0 +1,288 @@
+"""What an MLflow run is: one state of code, parameters and model, complete, and mended by one command."""
+
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import mlflow
+import pytest
+from mlflow.entities import Run
+
+from mnist_mlp import registry
+from tests import project
+
+TRACK = (sys.executable, "-m", "stages.track")
+
+
+@pytest.fixture
+def repository(finished: Path, tmp_path: Path) -> Path:
+    """A finished repository in another place, with its MLflow store."""
+    return project.copy(finished, tmp_path / "repository")
+
+
+def client(folder: Path) -> mlflow.MlflowClient:
+    mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
+    return mlflow.MlflowClient()
+
+
+def model_id(run: Run) -> str:
+    assert run.outputs is not None
+    (output,) = run.outputs.model_outputs
+    return output.model_id
+
+
+def assert_complete(folder: Path, run: Run) -> None:
+    """As after one `dvc repro` from an empty store, with the files that are in `results` now."""
+    found = client(folder)
+    assert run.info.status == "FINISHED"
+    history = (folder / "results/history.csv").read_text().splitlines()
+    points = found.get_metric_history(run.info.run_id, "test_acc")
+    assert [f"{point.value:.6f}" for point in points] == [row.split(",")[-1] for row in history[1:]]
+    assert {artifact.path for artifact in found.list_artifacts(run.info.run_id)} >= {
+        "params.yaml", "dvc.lock", "metrics.json", "per_digit.json", "plots"
+    }  # fmt: skip
+    for path in ("metrics.json", "plots/test_acc.png", "plots/wrong_digits.png"):
+        content = Path(found.download_artifacts(run.info.run_id, path)).read_bytes()
+        assert content == (folder / "results" / path).read_bytes()
+    location = Path(found.get_logged_model(model_id(run)).artifact_location.removeprefix("file://"))
+    assert folder in location.parents
+    assert list(location.rglob("*.pt2"))
+
+
+def champion(folder: Path) -> str:
+    """Load the champion in a process of its own, for MLflow remembers where a model was; give its version."""
+    script = "from mnist_mlp import registry\nprint(registry.load()[0].version)"
+    return project.run(folder, sys.executable, "-c", script).stdout.strip()
+
+
+def test_another_parameter_of_a_later_stage_is_another_run_of_the_same_model(repository: Path) -> None:
+    (before,) = project.runs(repository)
+    project.edit(repository, {"plot.dpi": 90})
+    assert project.stages_run(project.run(repository, "dvc", "repro").stdout) == ["plot", "track"]
+    new, old = project.runs(repository)
+    assert (old.data, old.info.status) == (
+        before.data,
+        "FINISHED",
+    ) or old.data.to_dictionary() == before.data.to_dictionary()
+    assert new.data.params["plot.dpi"] == "90"
+    assert model_id(new) == model_id(old)
+    assert_complete(repository, new)
+    found = client(repository)
+    plots = [Path(found.download_artifacts(run.info.run_id, "plots/test_acc.png")).read_bytes() for run in (new, old)]
+    assert plots[0] != plots[1]
+
+
+def test_another_code_is_another_run_with_the_change_that_is_not_committed(repository: Path) -> None:
+    (before,) = project.runs(repository)
+    evaluate = repository / "stages/evaluate.py"
+    evaluate.write_text(evaluate.read_text().replace("    metrics = {\n", '    metrics = {\n        "twice": 2.0,\n'))
+    (repository / "stages/new.py").write_text("NEW = 1\n")
+    (repository / "data/own.png").write_bytes(b"read by no stage")
+    project.run(repository, "dvc", "repro")
+    new, old = project.runs(repository)
+    assert old.data.to_dictionary() == before.data.to_dictionary()
+    assert_complete(repository, new)
+    patch = Path(client(repository).download_artifacts(new.info.run_id, "uncommitted.patch")).read_text()
+    assert '+        "twice": 2.0,' in patch
+    assert "+NEW = 1" in patch
+    assert "own.png" not in patch
+    assert "params.yaml" not in patch
+
+    project.commit(repository)
+    project.run(repository, *TRACK)
+    assert len(project.runs(repository)) == 2  # the commit holds what the run has, so it is the same state
+
+
+def test_a_git_that_fails_counts_as_unknown(repository: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "bin"
+    broken.mkdir()
+    (broken / "git").write_text("#!/bin/sh\nexit 128\n")
+    (broken / "git").chmod(0o755)
+    env = project.environment()
+    env["PATH"] = f"{broken}:{env['PATH']}"
+    script = "from mnist_mlp import params, tracking\nwith tracking.new_run(params.load()): pass"  # as `train` begins
+    project.run(repository, sys.executable, "-c", script, env=env)
+    new, _ = project.runs(repository)
+    assert new.data.tags["git.commit"] == new.data.tags["git.patch.md5"] == "unknown"
+
+
+def test_an_exception_ends_the_run_as_failed(repository: Path) -> None:
+    training = repository / "mnist_mlp/training.py"
+    training.write_text(
+        training.read_text().replace("        yield Epoch(", '        assert not epoch, "a bug"\n        yield Epoch(')
+    )
+    done = project.run(repository, "dvc", "repro", check=False)
+    assert "AssertionError: a bug" in done.stderr
+    new, _ = project.runs(repository)
+    assert new.info.status == "FAILED"
+    assert len(client(repository).get_metric_history(new.info.run_id, "test_acc")) == 1
+
+
+def test_a_run_that_is_continued_and_interrupted_stays_finished(repository: Path) -> None:
+    project.run(repository, "git", "reset", "--quiet", "--soft", "HEAD~")  # to the commit that the run was made from
+    project.run(repository, *TRACK)  # the copy is the store's place now
+    (run,) = project.runs(repository)
+    client(repository).delete_tag(run.info.run_id, "dvc.lock.md5")
+    plots = Path(run.info.artifact_uri.removeprefix("file://")) / "plots"
+    shutil.rmtree(plots)
+    process = subprocess.Popen(TRACK, cwd=repository, env=project.environment(), stdout=subprocess.DEVNULL)
+    while process.poll() is None and not plots.exists():
+        time.sleep(0.001)
+    process.terminate()
+    assert process.wait(60) in (130, 0)  # 0 where it was too fast for us
+    assert client(repository).get_run(run.info.run_id).info.status == "FINISHED"
+    project.run(repository, *TRACK)
+    (run,) = project.runs(repository)
+    assert_complete(repository, run)
+
+
+def no_store(folder: Path) -> None:
+    (folder / "mlflow.db").unlink()
+    shutil.rmtree(folder / "mlruns")
+
+
+def no_files(folder: Path) -> None:
+    shutil.rmtree(folder / "mlruns")
+
+
+def no_alias(folder: Path) -> None:
+    client(folder).delete_registered_model_alias("mnist-mlp", "champion")
+
+
+def no_version(folder: Path) -> None:
+    client(folder).delete_model_version("mnist-mlp", "1")
+
+
+def no_registry(folder: Path) -> None:
+    client(folder).delete_registered_model("mnist-mlp")
+
+
+def deleted_run(folder: Path) -> None:
+    (run,) = project.runs(folder)
+    client(folder).delete_run(run.info.run_id)
+
+
+@pytest.mark.parametrize("damage", [no_store, no_files, no_alias, no_version, no_registry, deleted_run])
+def test_one_command_heals_the_store(repository: Path, damage: Callable[[Path], None]) -> None:
+    damage(repository)
+    before = project.contents(repository)
+    project.run(repository, *TRACK)
+    run = project.runs(repository)[0]
+    assert_complete(repository, run)
+    assert champion(repository)
+    assert project.contents(repository) == before
+    assert "was complete" in project.run(repository, *TRACK).stdout
+    assert project.runs(repository)[0].info.run_id == run.info.run_id
+
+
+def test_stages_from_the_cache_are_a_run_too(repository: Path) -> None:
+    good = (repository / "params.yaml").read_bytes()
+    project.edit(repository, {"train.lr": 0.05})
+    project.run(repository, "dvc", "repro")
+    (repository / "params.yaml").write_bytes(good)
+    no_store(repository)
+    project.run(repository, "dvc", "repro")
+    (run,) = project.runs(repository)
+    assert_complete(repository, run)
+
+
+def test_results_of_other_parameters_are_refused(repository: Path) -> None:
+    project.edit(repository, {"train.lr": 0.05})
+    done = project.run(repository, *TRACK, check=False)
+    line = "track: params.yaml: train.lr is 0.05, and the results were made with 0.1; run `dvc repro`\n"
+    assert (done.returncode, done.stderr) == (1, line)
+    project.edit(repository, {"train.lr": 0.1})
+    (repository / "results/history.csv").write_text("epoch\n")
+    done = project.run(repository, *TRACK, check=False)
+    assert done.stderr == "track: results/history.csv has changed since stage train last ran; run `dvc repro`\n"
+
+
+def test_a_moved_folder_keeps_its_store_and_nothing_is_written_to_the_old_place(
+    repository: Path, tmp_path: Path
+) -> None:
+    project.run(repository, *TRACK)  # the copy is the store's place now
+    moved = tmp_path / "moved"
+    repository.rename(moved)
+    output = project.run(moved, *TRACK).stdout
+    assert f"its paths now lead to file://{moved}/mlruns" in output
+    (run,) = project.runs(moved)
+    assert_complete(moved, run)
+    assert champion(moved) == "1"
+    project.edit(moved, {"train.lr": 0.05})
+    project.run(moved, "dvc", "repro")
+    assert len(project.runs(moved)) == 2
+    assert not repository.exists()
+
+
+def test_evaluate_register_false_leaves_the_registry_alone(repository: Path) -> None:
+    no_registry(repository)
+    project.edit(repository, {"evaluate.register": False})
+    assert "not registered: evaluate.register is false" in project.run(repository, "dvc", "repro").stdout
+    assert client(repository).search_registered_models() == []
+
+
+def test_a_missed_target_is_said_and_there_is_no_champion(repository: Path) -> None:
+    no_registry(repository)
+    project.edit(repository, {"evaluate.target_accuracy": 0.999})
+    output = project.run(repository, "dvc", "repro").stdout
+    assert "not registered, because the target is missed; there is no champion" in output
+    done = project.run(repository, sys.executable, "-m", "mnist_mlp.predict", "any.png", check=False)
+    assert "miss the target" in done.stderr
+    assert "so there is no champion" in done.stderr
+
+
+def better(folder: Path) -> str:
+    """Register the model a second time, as a version that is said to be better."""
+    (run,) = project.runs(folder)
+    return str(mlflow.register_model(f"models:/{model_id(run)}", "mnist-mlp", tags={"accuracy": "0.999"}).version)
+
+
+def test_a_champion_set_by_hand_without_figures_gives_way_to_a_better_one(repository: Path) -> None:
+    project.run(repository, *TRACK)
+    found = client(repository)
+    run = found.create_run(project.runs(repository)[0].info.experiment_id)
+    found.log_text(run.info.run_id, "by hand", "model/MLmodel")
+    unknown = found.create_model_version("mnist-mlp", f"{run.info.artifact_uri}/model", run.info.run_id)
+    found.set_registered_model_alias("mnist-mlp", "champion", unknown.version)
+    project.run(repository, *TRACK)
+    assert champion(repository) == "1"
+
+
+def test_of_two_that_register_at_once_the_better_becomes_champion(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other registers its version between our look at the versions and our change of the alias."""
+    project.run(repository, *TRACK)
+    no_alias(repository)
+    monkeypatch.chdir(repository)
+    change = mlflow.MlflowClient.set_registered_model_alias
+    others: list[str] = []
+
+    def late(self: mlflow.MlflowClient, *arguments: str) -> None:
+        if not others:
+            others.append(better(repository))
+        change(self, *arguments)
+
+    monkeypatch.setattr(mlflow.MlflowClient, "set_registered_model_alias", late)
+    registry._decide()
+    assert champion(repository) == others[0]
+
+
+def test_the_published_history_is_a_run_and_no_candidate(finished: Path) -> None:
+    found = client(finished)
+    (ours,) = project.runs(finished)
+    query = ([ours.info.experiment_id], "attributes.run_name = 'published'")
+    (published,) = found.search_runs(*query)
+    rows = (finished / "data/published_history.csv").read_text().splitlines()
+    points = found.get_metric_history(published.info.run_id, "test_acc")
+    assert [f"{point.step},{point.value:.6f}" for point in points] == [
+        f"{row.split(',')[0]},{row.split(',')[4]}" for row in rows[1:]
+    ]
+    assert [version.run_id for version in found.search_model_versions("name = 'mnist-mlp'")] == [ours.info.run_id]
+    found.delete_run(published.info.run_id)
+    project.run(finished, *TRACK)
+    assert found.search_runs(*query) == []
+    found.restore_run(published.info.run_id)
