@@ -1,33 +1,56 @@
 """What ``params.yaml`` may hold, and what the user is told where it holds something else."""
 
+import difflib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
+from dvc.utils.hydra import apply_overrides  # type: ignore[import-untyped]
+from dvc.utils.serialize import load_yaml  # type: ignore[import-untyped]
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from stages import StageError, params
+from mnist_mlp import UserError, params
 
 ROOT = Path(__file__).parents[1]
 GOOD = (ROOT / params.PARAMS).read_text(encoding="utf-8")
 
 
 def edited(key: str, value: str) -> str:
-    """The repository's own file, in which the first line ``key: ...`` says ``key: value``."""
-    lines = GOOD.splitlines()
-    index = next(i for i, line in enumerate(lines) if line.strip().startswith(f"{key}:"))
-    indent = lines[index].partition(key)[0]
-    lines[index] = f"{indent}{key}: {value}"
-    return "\n".join(lines)
+    """The repository's own file, in which ``key`` has this value, written in this way."""
+    text, edits = re.subn(rf"^(  {key}:).*(\n  - .*)*", lambda match: f"{match[1]} {value}", GOOD, flags=re.MULTILINE)
+    assert edits == 1
+    return text
 
 
 def load(tmp_path: Path, content: str | bytes) -> params.Params:
     path = tmp_path / "params.yaml"
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     return params.load(path)
+
+
+@pytest.mark.parametrize(
+    ("override", "removed", "added"),
+    [
+        ("train.lr=0.05", ["  lr: 0.1"], ["  lr: 0.05"]),
+        ("model.hidden=[300,100]", ["  - 400", "  - 200"], ["  - 300"]),
+        ("model.hidden=[]", ["  hidden:", "  - 400", "  - 200", "  - 100"], ["  hidden: []"]),
+    ],
+)
+def test_set_param_changes_no_line_but_those_of_the_value(
+    override: str, removed: list[str], added: list[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(GOOD)
+    apply_overrides(path, [override])  # all that `dvc exp run --set-param` does to the file
+    difference = list(difflib.ndiff(GOOD.splitlines(), path.read_text().splitlines()))
+    assert [line[2:] for line in difference if line.startswith("- ")] == removed
+    assert [line[2:] for line in difference if line.startswith("+ ")] == added
+    params.load(path)
 
 
 @pytest.mark.parametrize("text", ["1e-3", "0.001", "1.0E-03", ".1e-2"])
@@ -55,13 +78,24 @@ def test_every_parameter_goes_by_the_name_that_dvc_has_for_it(tmp_path: Path) ->
         (edited("epochs", "2.5"), ["train.epochs", "2.5", "integer"]),
         (edited("epochs", "0"), ["train.epochs", "0", "greater than or equal to 1"]),
         (edited("seed", "-1"), ["train.seed", "-1", "greater than or equal to 0"]),
-        (edited("seed", "0x" + 5000 * "f"), ["train.seed", "huge", "less than 9223372036854775808"]),
+        (edited("seed", "9" * 4000), ["train.seed", "999", "less than 9223372036854775808"]),
+        (edited("seed", "010"), ["line", "'010'", "plain decimal", "10"]),
+        (edited("seed", "0o10"), ["line", "'0o10'", "plain decimal", "10"]),
+        (edited("seed", "0x" + 5000 * "f"), ["line", "'0xff", "plain decimal", "10"]),
+        (edited("epochs", "1_000"), ["line", "'1_000'", "plain decimal", "10"]),
+        (edited("lr", "00.5"), ["line", "'00.5'", "plain decimal", "0.5"]),
+        (edited("seed", "1:30"), ["train.seed", "'1:30'", "integer"]),
+        ("%YAML 1.1\n---\n" + edited("seed", "1:30"), ["line", "'1:30'", "plain decimal", "10"]),
+        (edited("register", "yes"), ["evaluate.register", "'yes'", "true or false"]),
+        (edited("lr", "0.1\n  lr: 0.2"), ["line", '"lr"', "duplicate", "0.1", "0.2"]),
+        (edited("lr", '0.1\n  "\\e[31m": 1\n  "\\e[31m": ' + 5000 * "x"), ["line", "duplicate"]),
+        (edited("lr", "!!python/name:os.system"), ["line", "python/name:os.system"]),
         (edited("hidden", "[400, 0]"), ["model.hidden.1", "0", "greater than or equal to 1"]),
         (edited("hidden", "400"), ["model.hidden", "400", "list"]),
         (edited("device", "tpu"), ["train.device", "'tpu'", "'cpu' or 'cuda'"]),
         (edited("mirrors", "\n    - ftp://example.org"), ["data.mirrors.0", "ftp://example.org", "https"]),
         (edited("timeout", "1e300"), ["data.timeout", "1e+300", "less than"]),
-        (edited("lr", "0.1\n  momentum: 0.9"), ["train.momentum", "0.9", "seed, epochs, batch_size, lr"]),
+        (edited("lr", "0.1\n  nesterov: true"), ["train.nesterov", "True", "seed, epochs, batch_size, lr"]),
         (edited("lr", "0.1\n  7: 0.9"), ["train.7", "string"]),
         (
             edited("lr", "0.1").replace("  lr:", "  learning_rate:"),
@@ -83,7 +117,7 @@ def test_every_parameter_goes_by_the_name_that_dvc_has_for_it(tmp_path: Path) ->
 def test_what_is_wrong_is_said_in_one_line_with_key_value_and_what_is_allowed(
     content: str | bytes, words: list[str], tmp_path: Path
 ) -> None:
-    with pytest.raises(StageError) as caught:
+    with pytest.raises(UserError) as caught:
         load(tmp_path, content)
     text = str(caught.value).removeprefix(str(tmp_path))
     assert text.isprintable()
@@ -92,8 +126,59 @@ def test_what_is_wrong_is_said_in_one_line_with_key_value_and_what_is_allowed(
 
 
 def test_a_missing_file_is_said_with_the_remedy(tmp_path: Path) -> None:
-    with pytest.raises(StageError, match=r"params\.yaml: no such file; run from the repository's root"):
+    with pytest.raises(UserError, match=r"params\.yaml: no such file; run from the repository's root"):
         params.load(tmp_path / "params.yaml")
+
+
+scalars = st.from_regex(r"[-+]?[0-9_.:]{1,5}([eE][-+]?[0-9]{1,2})?|0[box][0-9]{1,3}", fullmatch=True) | st.sampled_from(
+    [
+        "yes",
+        "off",
+        "on",
+        "y",
+        "True",
+        "TRUE",
+        "!!bool yes",
+        "!!int 010",
+        "!!float 1",
+        ".inf",
+        "~",
+        "cuda",
+        "'cpu'",
+        "no",
+    ]
+)
+
+
+@settings(deadline=None)
+@given(
+    key=st.sampled_from(["timeout", "std", "hidden", "seed", "epochs", "lr", "device", "register", "dpi"]), text=scalars
+)
+@example(key="seed", text="010")
+@example(key="seed", text="0o10")
+@example(key="lr", text="1e-3")
+@example(key="lr", text="1_0.5")
+@example(key="std", text="9007199254740993")
+@example(key="register", text="yes")
+def test_what_is_accepted_is_one_value_to_the_stages_to_dvc_and_to_yaml_1_1(
+    key: str, text: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    content = edited(key, f"[{text}]" if key == "hidden" else text)
+    folder = tmp_path_factory.getbasetemp()
+    try:
+        ours = load(folder, content).flat()
+    except UserError:
+        return
+    dvc = {f"{section}.{k}": v for section, keys in load_yaml(folder / "params.yaml").items() for k, v in keys.items()}
+    old = {f"{section}.{k}": v for section, keys in yaml.safe_load(content).items() for k, v in keys.items()}
+    assert ours == dvc
+    for name, value in ours.items():
+        if isinstance(value, float):  # `lr: 1` is the number 1.0 to a stage; `1e-3` is a string to YAML 1.1
+            assert type(dvc[name]) in (int, float)
+            assert float(old[name]) == value
+        else:
+            assert type(dvc[name]) is type(value)
+            assert (type(old[name]), old[name]) == (type(value), value)
 
 
 pieces = (
@@ -129,7 +214,7 @@ def test_whatever_the_file_holds_it_is_read_or_refused_in_one_line(
     refusal = ""
     try:
         load(tmp_path_factory.getbasetemp(), content)
-    except StageError as error:
+    except UserError as error:
         refusal = str(error)
     assert len(refusal.splitlines()) <= 1
     assert len(refusal) < 1000
@@ -137,7 +222,7 @@ def test_whatever_the_file_holds_it_is_read_or_refused_in_one_line(
 
 def test_a_process_refuses_with_one_line_on_stderr_and_status_1(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text(edited("epochs", "many"))
-    command = [sys.executable, "-m", "stages.params"]
+    command = [sys.executable, "-m", "mnist_mlp.params"]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
     assert process.returncode == 1

@@ -1,0 +1,159 @@
+"""``params.yaml``: every number that a user may change, with its type and range.
+
+``python -m mnist_mlp.params`` checks the file, as every stage does that runs; ``make repro`` begins with it.
+"""
+
+import re
+import reprlib
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.constructor import ConstructorError, SafeConstructor
+
+from mnist_mlp import UserError, run_command
+
+PARAMS = Path("params.yaml")
+
+Mirror = Annotated[str, Field(pattern=r"^(https?://|file://|npm:)\S+$")]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1, le=100_000)]
+
+
+class Section(BaseModel):
+    """One section: no unknown keys, no conversion between types, no infinities."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class Data(Section):
+    """Where MNIST comes from, and how grey levels in [0, 1] become the net's input: ``(x - mean) / std``."""
+
+    mirrors: Annotated[list[Mirror], Field(min_length=1)]
+    timeout: Annotated[float, Field(gt=0, le=86_400)]  # seconds for one file from one mirror
+    mean: Fraction
+    std: Annotated[float, Field(gt=0, le=1_000_000)]
+
+
+class Model(Section):
+    """The widths of the hidden layers, first to last."""
+
+    hidden: list[Count]
+
+
+class Train(Section):
+    """The recipe: plain SGD on batches that are drawn anew each epoch."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    epochs: Count
+    batch_size: Annotated[int, Field(ge=1, le=60_000)]
+    lr: Annotated[float, Field(gt=0, le=1_000_000)]
+    momentum: Annotated[float, Field(ge=0, lt=1)]
+    weight_decay: Annotated[float, Field(ge=0, le=1)]
+    device: Literal["cpu", "cuda"]
+
+
+class Evaluate(Section):
+    """How the test set is read, the accuracy to reach, and whether MLflow's registry gets a model that reaches it."""
+
+    batch_size: Annotated[int, Field(ge=1, le=10_000)]
+    target_accuracy: Fraction
+    register_model: Annotated[bool, Field(alias="register")]  # pydantic's models have a register of their own
+
+
+class Plot(Section):
+    """How the plots look."""
+
+    dpi: Annotated[int, Field(ge=50, le=400)]
+    wrong_digits: Annotated[int, Field(ge=1, le=100)]
+
+
+class Params(Section):
+    """The whole of ``params.yaml``; a section for each stage that has parameters."""
+
+    data: Data
+    model: Model
+    train: Train
+    evaluate: Evaluate
+    plot: Plot
+
+    def flat(self) -> dict[str, object]:
+        """Name every parameter as DVC does: ``{"train.lr": 0.1, ...}``."""
+        return {
+            f"{section}.{key}": value
+            for section, keys in self.model_dump(by_alias=True).items()
+            for key, value in keys.items()
+        }
+
+
+class _Constructor(SafeConstructor):
+    """Makes plain data, as DVC's own constructor does, but refuses the numbers on which YAML 1.1 and 1.2 differ."""
+
+    def construct_scalar(self, node: Any) -> Any:
+        """Refuse 010, which is 8 in YAML 1.1 and 10 in YAML 1.2, and all that is as unclear: 0o10, 0x10, 1_000."""
+        if node.tag.endswith((":int", ":float")) and re.search(r"^[-+]?0[0-9]|[box_:]", node.value, re.IGNORECASE):
+            text = _short(node.value)
+            problem = f"{text} is not a plain decimal number, and YAML's readers may differ; write it like 10 or 0.5"
+            raise ConstructorError(problem=problem, problem_mark=node.start_mark)
+        return super().construct_scalar(node)
+
+
+_REPR = reprlib.Repr()
+_REPR.maxlevel = 2
+_REPR.maxstring = _REPR.maxother = 100
+_short = _REPR.repr
+
+
+def load(path: Path = PARAMS) -> Params:
+    """Read and check the parameters.
+
+    Raises:
+        UserError: no such file, broken YAML, or a key that is unknown, missing, of a wrong type or out of range.
+    """
+    try:
+        return Params.model_validate(_parse(path))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; run from the repository's root, or `git checkout {path}`") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not a UTF-8 text file; `git checkout {path}` restores it") from None
+    except ValidationError as error:
+        # A misspelt key is unknown, and missing under its right name: the former says more.
+        first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+        key = _short(".".join(str(part) for part in first["loc"]))[1:-1] or "the file"
+        value = _short(first["input"])
+        match first["type"]:
+            case "missing":
+                problem = f"is missing; `git diff {path}` shows what changed"
+            case "extra_forbidden":
+                problem = f"is {value}: not a parameter; allowed here: {_keys(first['loc'][:-1])}"
+            case "model_type":
+                problem = f"is {value}: it should hold {_keys(first['loc'])}"
+            case "bool_type":
+                problem = f"is {value}: write true or false"
+            case _:
+                problem = f"is {value}: {first['msg'][:1].lower()}{first['msg'][1:]}"
+        raise UserError(f"{path}: {key} {problem}") from None
+
+
+def _parse(path: Path) -> object:
+    text = path.read_text(encoding="utf-8")
+    yaml = YAML(typ="safe")  # as DVC reads the file
+    yaml.Constructor = _Constructor
+    try:
+        return yaml.load(text)
+    except Exception as error:  # many kinds, from 2001-99-99, 0x_, !!bool x, a thousand brackets
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        problem = " ".join(str(getattr(error, "problem", None) or error).split())
+        printable = "".join(character for character in problem if character.isprintable())
+        raise UserError(f"{path}{line}: bad YAML: {printable[:200]}") from None
+
+
+def _keys(section: tuple[int | str, ...]) -> str:
+    model = get_type_hints(Params)[str(section[0])] if section else Params
+    return ", ".join(field.alias or name for name, field in model.model_fields.items())
+
+
+if __name__ == "__main__":
+    run_command(load)
