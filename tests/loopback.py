@@ -11,6 +11,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
+NEVER = 300  # seconds. Only a server that hangs takes so long, on a busy machine too
+
 
 class Server(NamedTuple):
     url: str
@@ -47,7 +49,7 @@ def running(
         ),
     )
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + NEVER
         while not _answers(server.url):
             if server.process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"no answer from: {' '.join(command)}")
@@ -56,7 +58,7 @@ def running(
     finally:
         with suppress(ProcessLookupError):
             os.killpg(server.process.pid, signal.SIGTERM)
-        server.process.wait(30)
+        server.process.wait(NEVER)
 
 
 def _answers(url: str) -> bool:
