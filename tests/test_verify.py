@@ -1,5 +1,6 @@
 """`make verify`: what a run recorded is run again, and is the same, or it is said what is not."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -7,28 +8,28 @@ from pathlib import Path
 
 import mlflow
 import pytest
+import torch
 
-from stages import MODEL, tracking
+from mnist_mlp import MODEL, net, params, registry
 from tests import project
 
-CHAMPION = f"models:/{tracking.REGISTERED}@{tracking.CHAMPION}"
+CHAMPION = f"models:/{registry.NAME}@{registry.CHAMPION}"
 
 
 @pytest.fixture
 def repository(finished: Path, tmp_path: Path) -> Path:
-    """A finished repository to do things to; its store's files stay in the first one's `mlruns`."""
-    folder = tmp_path / "repository"
-    shutil.copytree(finished, folder, ignore=shutil.ignore_patterns("mlruns"))
-    return folder
+    """A finished repository to do things to."""
+    return project.copy(finished, tmp_path / "repository")
 
 
 def verify(folder: Path, model: str) -> subprocess.CompletedProcess[str]:
-    return project.run(folder, sys.executable, "-m", "stages.verify", model, check=False)
+    return project.run(folder, sys.executable, "-m", "mnist_mlp.verify", model, check=False)
 
 
 def files(folder: Path) -> dict[Path, tuple[int, bytes]]:
+    """Read times and contents of all files; Git touches the objects that it reads."""
     found = (path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
-    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in found}
+    return {path: (0 if "objects" in path.parts else path.stat().st_mtime_ns, path.read_bytes()) for path in found}
 
 
 def test_a_champion_is_proved_and_nothing_is_touched(finished: Path) -> None:
@@ -36,7 +37,8 @@ def test_a_champion_is_proved_and_nothing_is_touched(finished: Path) -> None:
     before = files(finished)
     done = verify(finished, CHAMPION)
     assert done.returncode == 0, done.stderr
-    assert "Running stage 'train'" in done.stdout
+    assert "epoch  1" in done.stdout
+    assert not any(words in done.stdout + done.stderr for words in ("champion", "dvc push", "git add"))
     commit = run.data.tags["git.commit"]
     assert f"identical: run {run.info.run_id}, commit {commit[:10]}, every figure and byte" in done.stdout
     assert files(finished) == before
@@ -65,20 +67,104 @@ def test_a_figure_that_does_not_come_out_again_is_shown_with_both_values(reposit
     ]
 
 
-def test_a_run_from_uncommitted_code_is_refused(repository: Path) -> None:
-    with (repository / "stages/train.py").open("a") as file:
-        file.write("# not committed\n")
-    (repository / "picture.png").touch()  # which has no part in it
-    script = (
-        "from stages import params, tracking\nwith tracking.new_run(params.load()): pass"  # as `train` begins and ends
+def test_code_that_is_committed_only_after_the_run_is_proved_too(repository: Path) -> None:
+    """Edit, run, commit: the usual order. The change is stored with the run, and so are new files."""
+    (repository / "mnist_mlp/new.py").write_text("TWICE = 2.0\n")
+    evaluate = repository / "stages/evaluate.py"
+    evaluate.write_text(
+        evaluate.read_text()
+        .replace("    metrics = {\n", '    metrics = {\n        "twice": new.TWICE,\n')
+        .replace("from mnist_mlp import ", "from mnist_mlp import new, ")
     )
-    project.run(repository, sys.executable, "-c", script)
-    (run, _) = project.runs(repository)
+    project.run(repository, "dvc", "repro")
+    project.commit(repository)
+    new, _ = project.runs(repository)
+    done = verify(repository, new.info.run_id)
+    assert done.returncode == 0, done.stderr
+    assert "identical" in done.stdout
+
+
+def test_a_run_whose_code_is_unknown_is_refused(repository: Path) -> None:
+    (run,) = project.runs(repository)
+    mlflow.MlflowClient().set_tag(run.info.run_id, "git.patch.md5", "unknown")
     done = verify(repository, run.info.run_id)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    reason = "was made from uncommitted code, which is lost: M stages/train.py"
-    assert done.stderr == f"verify: run {run.info.run_id} {reason}\n"
+    reason = "does not know its git.patch.md5, because Git failed when it was made"
+    assert (done.returncode, done.stderr) == (2, f"verify: run {run.info.run_id} {reason}\n")
+
+
+class Flipped(torch.nn.Module):
+    """The right weights in a wrong graph."""
+
+    def __init__(self, classifier: net.ImageClassifier) -> None:
+        super().__init__()
+        self.net, self.mean, self.std = classifier.net, classifier.mean, classifier.std
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        flipped: torch.Tensor = net.ImageClassifier.forward(self, images).flip(1)  # type: ignore[arg-type]
+        return flipped
+
+
+@pytest.mark.parametrize("what", ["graph", "weights"])
+def test_a_stored_model_that_computes_something_else_is_different(
+    repository: Path, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its tag still names the right file."""
+    project.run(repository, sys.executable, "-m", "stages.track")  # the copy is the store's place now
+    monkeypatch.chdir(repository)
+    (run,) = project.runs(repository)
+    p = params.load()
+    model = net.mlp(p.model.hidden)
+    net.load_weights(model, MODEL.read_bytes(), "model")
+    classifier = net.ImageClassifier(model, p.data.mean, p.data.std).eval()
+    if what == "weights":
+        next(model.parameters()).data[0, 0] += 1e-6
+    wrong = Flipped(classifier).eval() if what == "graph" else classifier
+    assert run.outputs is not None
+    stored = mlflow.get_logged_model(run.outputs.model_outputs[0].model_id)
+    folder = Path(stored.artifact_location.removeprefix("file://"))
+    shutil.rmtree(folder)
+    images = torch.zeros(2, 28, 28, dtype=torch.uint8)
+    mlflow.pytorch.save_model(
+        wrong, folder, serialization_format="pt2", input_example=images.numpy(), pip_requirements=[],
+        signature=mlflow.models.infer_signature(images.numpy(), classifier(images).detach().numpy()),
+    )  # fmt: skip
+    done = verify(repository, CHAMPION)
+    assert done.returncode == 1, done.stderr
+    name = {
+        "graph": "the MD5 of its probabilities for the test images",
+        "weights": "the MD5 of the stored model's weights",
+    }
+    assert done.stdout.splitlines()[-2].startswith(name[what])
+
+
+def test_a_commit_is_proved_without_any_store(finished: Path, tmp_path: Path) -> None:
+    """A reviewer's clone: nothing but Git and the data. An edit in the workspace does not matter."""
+    clone = tmp_path / "a clone"
+    project.run(tmp_path, "git", "clone", "--quiet", str(finished), str(clone))
+    shutil.copytree(finished / "data/MNIST/raw", clone / "data/MNIST/raw", dirs_exist_ok=True)
+    project.edit(clone, {"train.lr": 0.05})
+    done = verify(clone, "HEAD")
+    assert done.returncode == 0, done.stderr
+    assert "every figure and byte" in done.stdout
+    assert not (clone / "mlflow.db").exists()
+
+    lock = clone / "dvc.lock"
+    (digest,) = re.findall(r"path: results/plots/test_acc.png\n *hash: md5\n *md5: (\w+)", lock.read_text())
+    lock.write_text(lock.read_text().replace(digest, "f" * 32))
+    project.commit(clone)
+    project.edit(clone, {"train.lr": 0.1})
+    project.commit(clone)
+    done = verify(clone, "main")
+    assert done.returncode == 1, done.stderr
+    assert done.stdout.splitlines()[-1] == f"results/plots/test_acc.png is {'f' * 32} in dvc.lock, {digest} here"
+    done = verify(clone, "HEAD~2~1")
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+
+
+def test_a_broken_store_is_no_answer(repository: Path) -> None:
+    (repository / "mlflow.db").write_text("It was a dark and stormy night; the rain fell in torrents.")
+    done = verify(repository, CHAMPION)
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +172,14 @@ def test_a_run_from_uncommitted_code_is_refused(repository: Path) -> None:
     [
         ("0123456789abcdef0123456789abcdef", "Run with id=0123456789abcdef0123456789abcdef not found"),
         ("models:/mnist-mlp@nobody", "alias nobody not found"),
-        ("models:/mnist-mlp", "a registered model is models:/NAME@ALIAS or models:/NAME/VERSION"),
+        (
+            "models:/mnist-mlp",
+            "accepted are models:/NAME@ALIAS, models:/NAME/VERSION, the id of an MLflow run, or a Git",
+        ),
+        (
+            "nonsense",
+            "accepted are models:/NAME@ALIAS, models:/NAME/VERSION, the id of an MLflow run, or a Git revision",
+        ),
     ],
 )
 def test_an_unknown_model_is_refused_in_one_line(finished: Path, model: str, reason: str) -> None:
@@ -106,8 +199,9 @@ def test_a_commit_of_another_repository_is_refused(repository: Path) -> None:
 
 def test_without_a_store_none_is_made(repository: Path) -> None:
     (repository / "mlflow.db").unlink()
+    shutil.rmtree(repository / "mlruns")
     done = verify(repository, CHAMPION)
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
-    assert "no MLflow store" in done.stderr
+    assert "there is no MLflow store" in done.stderr
     assert not (repository / "mlflow.db").exists()
     assert not (repository / "mlruns").exists()

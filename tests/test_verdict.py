@@ -1,0 +1,101 @@
+"""The last lines of `make repro`: are the results the committed ones, and if not, why."""
+
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mnist_mlp import params, verdict
+from tests import project
+
+REPRODUCED = "reproduced: every byte of model, history, metrics and plots is the committed one"
+
+
+@pytest.fixture
+def repository(finished: Path, tmp_path: Path) -> Path:
+    return project.copy(finished, tmp_path / "repository", store=False)
+
+
+def check(folder: Path) -> subprocess.CompletedProcess[str]:
+    return project.run(folder, sys.executable, "-m", "mnist_mlp.verdict", "--check", check=False)
+
+
+def test_the_committed_bytes_are_reproduced(finished: Path) -> None:
+    done = check(finished)
+    assert done.stdout.endswith(f"\n{REPRODUCED}\n")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "of 10,000 images (target reached)" in done.stdout
+    assert "published 97.7453%" in done.stdout
+
+
+def test_an_edited_parameter_is_named(repository: Path) -> None:
+    project.edit(repository, {"train.lr": 0.05})
+    project.run(repository, "dvc", "repro", "plot")
+    done = check(repository)
+    assert done.returncode == 1
+    lines = done.stdout.splitlines()
+    assert lines[-2].startswith("different: ")
+    assert "results/history.csv" in lines[-2]
+    assert lines[-1] == "likely reason: train.lr is 0.05, committed 0.1"
+
+
+def test_an_edited_code_file_is_named(repository: Path) -> None:
+    with (repository / "stages/plot.py").open("a") as file:
+        file.write("# edited\n")
+    (repository / "results/plots/test_acc.png").write_bytes(b"another plot")
+    done = check(repository)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (1, "likely reason: stages/plot.py is edited")
+
+
+def test_a_lock_that_is_not_committed_is_named(repository: Path) -> None:
+    project.edit(repository, {"evaluate.target_accuracy": 0.6})
+    project.run(repository, "dvc", "repro", "plot")
+    done = check(repository)
+    assert done.returncode == 1
+    assert done.stdout.splitlines()[-2:] == [
+        REPRODUCED, "dvc.lock has changed with parameters or code; commit it together with them"
+    ]  # fmt: skip
+
+
+def test_another_processor_is_expected_to_give_other_bytes(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(repository)
+    metrics = repository / "results/metrics.json"
+    before = metrics.read_text().split('"accuracy": ')[1].split(",")[0]
+    metrics.write_text(metrics.read_text().replace(before, "0.875", 1))
+    lines, as_expected = verdict.compare(params.load())
+    assert not as_expected
+    assert lines[1].startswith("likely reason: unknown")
+
+    monkeypatch.setattr(verdict, "HAS_AVX2", False)
+    lines, as_expected = verdict.compare(params.load())
+    assert as_expected
+    assert lines[1].startswith("this is expected: this processor has no AVX2")
+    assert f"accuracy is 0.875, committed {before}" in lines
+
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    assert verdict.compare(params.load())[0][1].startswith("this is expected: a aarch64 processor")
+
+
+def test_a_lost_result_is_named(repository: Path) -> None:
+    (repository / "results/predictions.csv").unlink()
+    done = check(repository)
+    line = "incomplete: results/predictions.csv missing; `dvc repro` makes what is missing"
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (1, line)
+
+
+def test_without_committed_results_it_says_how_to_keep_them(repository: Path) -> None:
+    project.run(repository, "git", "rm", "--quiet", "--cached", "dvc.lock")
+    project.run(repository, "git", "commit", "--quiet", "-m", "none")
+    done = check(repository)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (
+        0, "no results are committed yet; `git add dvc.lock results && git commit` keeps these"
+    )  # fmt: skip
+
+
+def test_the_address_is_the_servers_without_its_password(repository: Path) -> None:
+    env = project.environment(MLFLOW_TRACKING_URI="http://user:secret@mlflow.localhost:5000/")
+    output = project.run(repository, sys.executable, "-m", "mnist_mlp.verdict", env=env).stdout
+    assert "http://mlflow.localhost:5000/#/experiments/" in output
+    assert "secret" not in output
