@@ -18,12 +18,12 @@ import uvicorn
 from fastapi import FastAPI
 from pydantic import BaseModel
 
-from stages import MODEL, StageError, data, net, params, run, tracking
+from mnist_mlp import MODEL, UserError, data, net, params, registry, run_command
 from tests.loopback import running
 
-CHAMPION = f"models:/{tracking.REGISTERED}@{tracking.CHAMPION}"
+CHAMPION = f"models:/{registry.NAME}@{registry.CHAMPION}"
 SERVERS = {
-    "`make serve`": [sys.executable, "-m", "stages.serve", "--port", "{port}"],
+    "`make serve`": [sys.executable, "-m", "mnist_mlp.serve", "--port", "{port}"],
     "`mlflow models serve`": [
         *("mlflow", "models", "serve", "--model-uri", CHAMPION, "--env-manager", "local"),
         *("--host", "127.0.0.1", "--port", "{port}"),
@@ -56,14 +56,14 @@ def bare(port: int) -> None:
 
 def main() -> None:
     if not shutil.which("wrk"):
-        raise StageError("the load generator is missing; `apt install wrk` installs it")
+        raise UserError("the load generator is missing; `apt install wrk` installs it")
     images, _ = data.load("t10k")
     print("| server | images a request | requests/s | images/s | median | 99th percentile |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
     with tempfile.TemporaryDirectory() as scratch:
         script = Path(scratch, "post.lua")
         for name, command in SERVERS.items():
-            with running(*command, env={"OMP_NUM_THREADS": "1"}) as server:  # see stages/serve.py
+            with running(*command, env={"OMP_NUM_THREADS": "1"}) as server:  # see mnist_mlp/serve.py
                 for batch_size in (1, 256):
                     body = json.dumps(json.dumps({"inputs": images[:batch_size].tolist()}))  # quoted, as Lua does too
                     script.write_text(
@@ -94,4 +94,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["bare"]:
         bare(int(sys.argv[2]))
     else:
-        run(main)
+        run_command(main)
