@@ -64,7 +64,7 @@ def _outputs(stage: dict[str, Any]) -> list[Any]:
     return [output for kind in ("outs", "metrics", "plots") for output in stage.get(kind, [])]
 
 
-def recorded(p: Params) -> dict[str, Any]:
+def recorded(config: Params) -> dict[str, Any]:
     """Read the stages of ``dvc.lock``, but for the one that records the others.
 
     Raises:
@@ -76,7 +76,7 @@ def recorded(p: Params) -> dict[str, Any]:
         raise UserError(f"there is no {LOCK}, so there are no results yet; run `dvc repro`") from None
     stages.pop(TRACK, None)
     for key, value in parameters(stages).items():
-        if (now := p.flat().get(key)) != value:
+        if (now := config.flat().get(key)) != value:
             raise UserError(f"params.yaml: {key} is {now}, and the results were made with {value}; run `dvc repro`")
     for name, stage in stages.items():
         for file in [*stage.get("deps", []), *stage.get("outs", [])]:

@@ -19,19 +19,19 @@ CHAMPION = "champion"
 TAGS = ("git.commit", "data.digest", "model.md5")
 
 
-def register(run: Run, p: Params) -> str:
+def register(run: Run, config: Params) -> str:
     """Make the run's model a version if it reaches the target, once for the same bytes, and decide who is champion.
 
     Args:
         run: a complete run.
-        p: for the target, and for ``evaluate.register``.
+        config: for the target, and for ``evaluate.register``.
 
     Returns:
         What came of it, for people.
     """
-    if not p.evaluate.register_model:
+    if not config.evaluate.register_model:
         return "not registered: evaluate.register is false"
-    reached = run.data.metrics["accuracy"] >= p.evaluate.target_accuracy
+    reached = run.data.metrics["accuracy"] >= config.evaluate.target_accuracy
     try:
         with store.lock():
             version = _version_of(run) if reached else None

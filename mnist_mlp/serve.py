@@ -47,8 +47,8 @@ def main() -> None:
         listener = socket.create_server(("127.0.0.1", port))
     except OSError as error:
         raise UserError(f"cannot listen on 127.0.0.1:{port}: {error.strerror}; `make serve PORT=...`") from None
-    # A second thread wins 1 ms of the 20 that 256 images take. Where other processes want its core it loses 100: the
-    # first thread spins until it has had its turn.
+    # A second thread saves 1 ms of the 20 ms that 256 images take. But if other processes use its core, it costs
+    # 100 ms, because the first thread waits for it.
     torch.set_num_threads(1)
     version, classify = registry.load()
     gc.freeze()  # the libraries' objects stay; a search for garbage among them takes 0.4 s, while requests wait

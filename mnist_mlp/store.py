@@ -125,7 +125,7 @@ def _follow_moved_folder(address: str, old: str, new: str) -> None:
 
 
 def _add_published_run() -> None:
-    """Add the tutorial's history once, so that charts can show it beside ours. A user who deletes it is obeyed."""
+    """Add the tutorial's history once, so that charts can show it beside ours. If a user deletes it, it stays away."""
     if search(f"attributes.run_name = '{PUBLISHED_RUN}'", ViewType.ALL):
         return
     note = "The figures that the tutorial prints, from `data/published_history.csv`. No model belongs to them."

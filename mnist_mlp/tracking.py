@@ -50,9 +50,9 @@ class LiveRun:
         # MLflow shows what begins with system/ on a page of its own, so that the page of metrics begins with ours.
         self._send(mlflow.log_metrics, {**figures, "system/epoch_seconds": seconds}, step=epoch)
 
-    def log_model(self, p: Params, weights: bytes) -> None:
+    def log_model(self, config: Params, weights: bytes) -> None:
         """Log the model that the weights make; see ``log_model`` below."""
-        self._send(log_model, p, weights)
+        self._send(log_model, config, weights)
 
     def end(self, status: str) -> None:
         """Close the run."""
@@ -70,7 +70,7 @@ class LiveRun:
 
 
 @contextmanager
-def new_run(p: Params, **tags: str) -> Iterator[LiveRun]:
+def new_run(config: Params, **tags: str) -> Iterator[LiveRun]:
     """Open a run with the parameters, the data set, and tags that say what it is made from; close it as it ended.
 
     Raises:
@@ -79,9 +79,9 @@ def new_run(p: Params, **tags: str) -> Iterator[LiveRun]:
     store.connect()
     try:
         patch = lineage.patch()
-        run = mlflow.start_run(run_name=_name(), tags=_origin(patch) | tags)
-        mlflow.log_params(p.flat())
-        source = HTTPDatasetSource(p.data.mirrors[0])
+        run = mlflow.start_run(run_name=_name(), tags=_provenance(patch) | tags)
+        mlflow.log_params(config.flat())
+        source = HTTPDatasetSource(config.data.mirrors[0])
         dataset = MetaDataset(source, name="MNIST", digest=data.DIGEST)  # type: ignore[abstract]
         mlflow.log_input(dataset, context="training")
         mlflow.log_artifact("params.yaml")
@@ -106,11 +106,11 @@ def _log_patch(patch: bytes) -> None:
         mlflow.log_artifact(str(Path(folder, PATCH)))
 
 
-def log_model(p: Params, weights: bytes) -> None:
+def log_model(config: Params, weights: bytes) -> None:
     """Log a model to the active run: raw images (N, 28, 28) in, probabilities (N, 10) out.
 
     Args:
-        p: the parameters that it was trained with.
+        config: the parameters that it was trained with.
         weights: the content of the model file.
     """
     from mlflow.models import ModelSignature  # here: these load PyTorch, which takes seconds, and track rarely needs it
@@ -118,11 +118,11 @@ def log_model(p: Params, weights: bytes) -> None:
 
     from mnist_mlp import net
 
-    model = net.mlp(p.model.hidden)
+    model = net.mlp(config.model.hidden)
     net.load_weights(model, weights, str(MODEL))
     digest = lineage.md5(weights)
     mlflow.pytorch.log_model(
-        net.ImageClassifier(model, p.data.mean, p.data.std).eval(),
+        net.ImageClassifier(model, config.data.mean, config.data.std).eval(),
         name="model",
         serialization_format="pt2",  # no pickle
         signature=ModelSignature(
@@ -136,7 +136,7 @@ def log_model(p: Params, weights: bytes) -> None:
     mlflow.set_tag("model.md5", digest)  # last: a run that is found by it has all of the training
 
 
-def track(p: Params) -> tuple[Run, bool]:
+def track(config: Params) -> tuple[Run, bool]:
     """Make MLflow's record of the present results complete.
 
     Returns:
@@ -145,21 +145,21 @@ def track(p: Params) -> tuple[Run, bool]:
     Raises:
         UserError: the results are not those of the present code and parameters, or MLflow cannot take them.
     """
-    recorded = lineage.recorded(p)
+    recorded = lineage.recorded(config)
     store.connect()
     try:
         with store.lock():  # a second process waits, and then finds the run
             digest = lineage.md5(json.dumps(recorded, sort_keys=True).encode())
-            run = _find(p, digest)
+            run = _find(config, digest)
             if run and run.data.tags.get("dvc.lock.md5") == digest:
                 return run, False
             if run is None:
-                with new_run(p) as live:
-                    _log_training(p)
+                with new_run(config) as live:
+                    _log_training(config)
                 if live.lost:
                     raise UserError("MLflow did not get all of it; `make track` sends it again")
                 run = mlflow.get_run(live.run_id)
-            _log_results(run.info.run_id, p, recorded, digest)
+            _log_results(run.info.run_id, config, recorded, digest)
             return mlflow.get_run(run.info.run_id), True
     except (MlflowException, OSError) as error:
         raise UserError(f"MLflow refuses: {store.first_line(error)}; `make track` tries again") from None
@@ -173,11 +173,11 @@ def model_of(run: Run) -> str | None:
     return None
 
 
-def _find(p: Params, digest: str) -> Run | None:
+def _find(config: Params, digest: str) -> Run | None:
     """Find the run of the present state: the same code, parameters and model, and the same DVC experiment if any."""
     patch, experiment = lineage.patch(), os.environ.get("DVC_EXP_NAME")
     code = {"git.commit": lineage.commit(), "git.patch.md5": _patch_digest(patch)}
-    params = {name: str(value) for name, value in p.flat().items()}
+    params = {name: str(value) for name, value in config.flat().items()}
     for run in store.search(f"tags.`model.md5` = '{lineage.md5(MODEL.read_bytes())}' and status = 'FINISHED'"):
         tags = run.data.tags
         if experiment and run.info.run_name != experiment:
@@ -191,7 +191,7 @@ def _find(p: Params, digest: str) -> Run | None:
     return None
 
 
-def _log_training(p: Params) -> None:
+def _log_training(config: Params) -> None:
     """Log to the active run what a training logs, from the files that it has left."""
     run = mlflow.active_run()
     assert run
@@ -205,7 +205,7 @@ def _log_training(p: Params) -> None:
             client.log_outputs(run.info.run_id, [LoggedModelOutput(model.model_id, 0)])
             client.set_tag(run.info.run_id, "model.md5", digest)
             return
-    log_model(p, weights)
+    log_model(config, weights)
 
 
 def _has_files(model_id: str) -> bool:
@@ -215,7 +215,7 @@ def _has_files(model_id: str) -> bool:
         return False
 
 
-def _log_results(run_id: str, p: Params, recorded: dict[str, Any], digest: str) -> None:
+def _log_results(run_id: str, config: Params, recorded: dict[str, Any], digest: str) -> None:
     """Add what evaluate and plot have made. The run's status stays as it is, also if this is interrupted."""
     client = mlflow.MlflowClient()
     metrics = json.loads(METRICS.read_text())
@@ -228,15 +228,15 @@ def _log_results(run_id: str, p: Params, recorded: dict[str, Any], digest: str) 
     client.log_text(run_id, yaml.safe_dump({"schema": "2.0", "stages": recorded}, sort_keys=False), "dvc.lock")
     # The mean of batches is the last point of test_acc already, and MLflow's page shows each metric before the curves.
     client.log_metric(run_id, "accuracy", metrics["accuracy"])
-    client.set_tag(run_id, "mlflow.note.content", _description(run_id, p, metrics))
+    client.set_tag(run_id, "mlflow.note.content", _description(run_id, config, metrics))
     client.set_tag(run_id, "dvc.lock.md5", digest)  # last: a run that has it is complete
 
 
-def _description(run_id: str, p: Params, metrics: Mapping[str, float]) -> str:
+def _description(run_id: str, config: Params, metrics: Mapping[str, float]) -> str:
     """Say in Markdown what the run is, and how to repeat it."""
     with PUBLISHED.open() as file:
         published = float(list(csv.DictReader(file))[-1]["test_acc"])
-    target = p.evaluate.target_accuracy
+    target = config.evaluate.target_accuracy
     reached = "reached" if metrics["accuracy"] >= target else "missed"
     return f"""\
 Test accuracy **{metrics["accuracy"]:.2%}** of 10,000 images. The target of {target:.2%} is {reached}.
@@ -254,7 +254,7 @@ def _name() -> str:
     return os.environ.get("DVC_EXP_NAME") or f"{branch}-{lineage.commit()[:7]}"
 
 
-def _origin(patch: bytes | None) -> dict[str, str]:
+def _provenance(patch: bytes | None) -> dict[str, str]:
     """Say what makes the run: which code, data, versions, machine and process."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "mlflow", "dvc")}
     return versions | {

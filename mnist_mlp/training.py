@@ -1,6 +1,7 @@
 """The training loop of the tutorial: plain SGD on cross-entropy, and a test after every epoch.
 
-The data lie in memory as two tensors, so a batch is an indexing operation. A DataLoader would take five times as long.
+The data lie in memory as two tensors, so a batch is an indexing operation. With a DataLoader, an epoch takes
+at least three times as long (``make bench``).
 """
 
 from collections.abc import Iterator
@@ -32,42 +33,42 @@ class Epoch(NamedTuple):
     test_acc: float
 
 
-def load(split: data.Split, p: Params) -> Dataset:
+def load(split: data.Split, config: Params) -> Dataset:
     """Read the training or the test images, normalised, onto the device that ``train.device`` names.
 
     Raises:
         UserError: a file is missing or damaged, or there is no such device.
     """
-    if p.train.device == "cuda" and not torch.cuda.is_available():
+    if config.train.device == "cuda" and not torch.cuda.is_available():
         raise UserError("params.yaml: train.device is 'cuda', but PyTorch finds no usable GPU here; set it to cpu")
-    images, labels = (torch.from_numpy(array).to(p.train.device) for array in data.load(split))
-    return Dataset(net.normalise(images, p.data.mean, p.data.std), labels.long())
+    images, labels = (torch.from_numpy(array).to(config.train.device) for array in data.load(split))
+    return Dataset(net.normalise(images, config.data.mean, config.data.std), labels.long())
 
 
-def train(model: nn.Module, train_set: Dataset, test_set: Dataset, p: Params) -> Iterator[Epoch]:
+def train(model: nn.Module, train_set: Dataset, test_set: Dataset, config: Params) -> Iterator[Epoch]:
     """Train the model in place, and yield the figures of each epoch.
 
     Args:
         model: any classifier of (N, 784) images, on the device of the data.
         train_set: reshuffled each epoch, by a generator of its own: nothing else that draws numbers moves it.
         test_set: read in order after each epoch.
-        p: for the recipe: ``train.*`` and ``evaluate.batch_size``.
+        config: for the recipe: ``train.*`` and ``evaluate.batch_size``.
 
     Raises:
         UserError: the training has diverged.
     """
-    torch.use_deterministic_algorithms(p.train.device == "cuda")
+    torch.use_deterministic_algorithms(config.train.device == "cuda")
     optimizer = torch.optim.SGD(
-        model.parameters(), lr=p.train.lr, momentum=p.train.momentum, weight_decay=p.train.weight_decay
+        model.parameters(), lr=config.train.lr, momentum=config.train.momentum, weight_decay=config.train.weight_decay
     )
-    shuffle = torch.Generator().manual_seed(p.train.seed)
-    for epoch in range(p.train.epochs):
+    shuffle = torch.Generator().manual_seed(config.train.seed)
+    for epoch in range(config.train.epochs):
         order = torch.randperm(len(train_set.images), generator=shuffle)
         try:
-            train_loss, train_acc = train_epoch(model, optimizer, train_set, order, p.train.batch_size)
-            test_loss, test_acc = test_epoch(model, test_set, p.evaluate.batch_size)
+            train_loss, train_acc = train_epoch(model, optimizer, train_set, order, config.train.batch_size)
+            test_loss, test_acc = test_epoch(model, test_set, config.evaluate.batch_size)
         except FloatingPointError as error:
-            raise UserError(f"diverged in epoch {epoch}: {error}; try a train.lr below {p.train.lr}") from None
+            raise UserError(f"diverged in epoch {epoch}: {error}; try a train.lr below {config.train.lr}") from None
         yield Epoch(train_loss, train_acc, test_loss, test_acc)
 
 

@@ -30,24 +30,24 @@ def main() -> None:
     )
     parser.add_argument("--check", action="store_true", help="exit with 1 if bytes differ that should be the same")
     check = parser.parse_args().check
-    p = params.load()
+    config = params.load()
     metrics = json.loads(METRICS.read_text())
     with PUBLISHED.open() as file:
         published = float(list(csv.DictReader(file))[-1]["test_acc"])
-    reached = "reached" if metrics["accuracy"] >= p.evaluate.target_accuracy else "missed"
+    reached = "reached" if metrics["accuracy"] >= config.evaluate.target_accuracy else "missed"
     print(f"""
 test accuracy   {metrics["accuracy"]:.2%} of 10,000 images (target {reached})
 mean of batches {metrics["batch_mean_accuracy"]:.4%}, published {published:.4%}
 plots           {PLOTS}
 every figure    {_where_to_look()}
 """)
-    lines, expected = compare(p)
+    lines, expected = compare(config)
     print(*lines, sep="\n")
     if check and not expected:
         sys.exit(1)
 
 
-def compare(p: Params) -> tuple[list[str], bool]:
+def compare(config: Params) -> tuple[list[str], bool]:
     """Compare the results with those that HEAD's ``dvc.lock`` records.
 
     Returns:
@@ -71,18 +71,18 @@ def compare(p: Params) -> tuple[list[str], bool]:
     lines = [
         f"different: {len(different) + len(missing)} of {len(committed)} files are not the committed ones: {named}"
     ]
-    edits = _edits(p, lineage.parameters(stages))
+    edits = _edits(config, lineage.parameters(stages))
     if edits:
         return [*lines, *(f"likely reason: {edit}" for edit in edits)], False
-    reason = _other_arithmetic(p)
+    reason = _other_arithmetic(config)
     if reason:
         return [*lines, f"this is expected: {reason}", *_distance()], True
     return [*lines, f"likely reason: {_other_versions()}", *_distance()], False
 
 
-def _edits(p: Params, before: dict[str, Any]) -> list[str]:
+def _edits(config: Params, before: dict[str, Any]) -> list[str]:
     """List the parameters and code files that are not the committed ones."""
-    after = p.flat()
+    after = config.flat()
     edits = [
         f"{name} is {after.get(name)}, committed {before[name]}" for name in before if after.get(name) != before[name]
     ]
@@ -93,9 +93,9 @@ def _edits(p: Params, before: dict[str, Any]) -> list[str]:
     return [*edits, *(f"{file} is edited" for file in files)]
 
 
-def _other_arithmetic(p: Params) -> str | None:
+def _other_arithmetic(config: Params) -> str | None:
     """Say why this machine computes other bytes, if it does."""
-    if p.train.device == "cuda":
+    if config.train.device == "cuda":
         return "a GPU adds in another order than a CPU"
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return f"a {platform.machine()} processor adds in another order than an x86-64 one"

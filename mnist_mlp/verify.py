@@ -43,7 +43,7 @@ FORMS = "models:/NAME@ALIAS, models:/NAME/VERSION, the id of an MLflow run, or a
 # The run's settings, not ours: mnist_mlp/__init__.py sets some of these, and the commit may have set others.
 NOT_PASSED_ON = ("DVC_", "GIT_", "MLFLOW_", "ATEN_", "ONEDNN_", "CUBLAS_")
 
-Facts = dict[str, str]  # what is compared, by name; what comes first in a run comes first
+Values = dict[str, str]  # what is compared, by name; what comes first in a run comes first
 
 
 class Proof(NamedTuple):
@@ -100,12 +100,12 @@ def verify_run(model: str) -> Proof:
     origin = f"run {run.info.run_id}, commit {run.data.tags['git.commit'][:10]}"
     print(f"running again: {origin}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        recorded = _facts_of_run(run, Path(folder))
-        recorded |= _facts_of_model(model if model.startswith("models:/") else _model_uri(run))
+        recorded = _recorded_values(run, Path(folder))
+        recorded |= _model_hashes(model if model.startswith("models:/") else _model_uri(run))
         clone = _clone(run.data.tags["git.commit"], Path(folder))
         _put_parameters_and_changes(run, clone)
         _run_again(clone)
-        obtained, again = _facts_of_clone(clone)
+        obtained, again = _obtained_values(clone)
     difference = _first_difference(recorded, obtained, "in the run")
     if difference:
         theirs, ours = run.data.tags, again.data.tags
@@ -115,7 +115,7 @@ def verify_run(model: str) -> Proof:
     return Proof(origin, difference)
 
 
-def _first_difference(recorded: Facts, obtained: Facts, where: str) -> list[str]:
+def _first_difference(recorded: Values, obtained: Values, where: str) -> list[str]:
     for name in recorded | obtained:
         theirs, ours = recorded.get(name, "missing"), obtained.get(name, "missing")
         if theirs != ours:
@@ -165,7 +165,7 @@ def _check(run: Run) -> None:
         raise UserError(f"{name} was made from commit {commit}, which is not in this repository; try `git fetch`")
 
 
-def _facts_of_run(run: Run, folder: Path) -> Facts:
+def _recorded_values(run: Run, folder: Path) -> Values:
     client, identity = mlflow.MlflowClient(), run.info.run_id
     lock = Path(client.download_artifacts(identity, "dvc.lock", str(folder)))
     history: list[dict[str, str]] = []
@@ -181,20 +181,20 @@ def _facts_of_run(run: Run, folder: Path) -> Facts:
     }
 
 
-def _facts_of_clone(clone: Path) -> tuple[Facts, Run]:
+def _obtained_values(clone: Path) -> tuple[Values, Run]:
     with chdir(clone):  # MLflow makes a folder for artifacts wherever it opens a store
         mlflow.set_tracking_uri(f"sqlite:///{clone}/mlflow.db")
         (again,) = store.search("tags.`model.md5` != ''")
         with HISTORY.open() as file:
             history = list(csv.DictReader(file))
-        facts = {
+        values = {
             "data.digest": again.data.tags["data.digest"],
             **_epochs(history),
             **_outputs(clone),
             "accuracy": str(json.loads(METRICS.read_text())["accuracy"]),
-            **_facts_of_model(_model_uri(again)),
+            **_model_hashes(_model_uri(again)),
         }
-    return facts, again
+    return values, again
 
 
 def _columns() -> list[str]:
@@ -202,11 +202,11 @@ def _columns() -> list[str]:
         return next(csv.reader(file))[1:]
 
 
-def _epochs(history: list[dict[str, str]]) -> Facts:
+def _epochs(history: list[dict[str, str]]) -> Values:
     return {f"epoch {row['epoch']}: {name}": value for row in history for name, value in row.items() if name != "epoch"}
 
 
-def _facts_of_model(uri: str) -> Facts:
+def _model_hashes(uri: str) -> Values:
     """Hash the weights of a stored model, and what it computes: right weights can stand in a wrong graph."""
     import safetensors.torch  # here: a refusal needs no PyTorch, which takes seconds to load
     import torch
@@ -242,7 +242,7 @@ def _stages(lock: str, origin: str) -> dict[str, dict[str, object]]:
     return stages
 
 
-def _outputs(clone: Path) -> Facts:
+def _outputs(clone: Path) -> Values:
     return lineage.outputs(yaml.safe_load((clone / lineage.LOCK).read_text())["stages"])
 
 

@@ -10,18 +10,18 @@ from mnist_mlp import METRICS, MODEL, PREDICTIONS, net, params, run_command, tra
 
 def main() -> None:
     """Score the test images, and write metrics and predictions."""
-    p = params.load()
-    model = net.mlp(p.model.hidden)
+    config = params.load()
+    model = net.mlp(config.model.hidden)
     net.load_weights(model, MODEL.read_bytes(), str(MODEL))
-    images, labels = training.load("t10k", p)
+    images, labels = training.load("t10k", config)
 
-    scores = training.score(model.to(images.device), images, p.evaluate.batch_size)
+    scores = training.score(model.to(images.device), images, config.evaluate.batch_size)
     probabilities, predicted = scores.softmax(1).max(1)
     confusion = torch.bincount(labels * 10 + predicted, minlength=100).reshape(10, 10)  # row: actual, column: predicted
     right = confusion.diagonal()
     metrics = {
         "accuracy": right.sum().item() / len(labels),
-        "batch_mean_accuracy": training.batch_means(scores, labels, p.evaluate.batch_size)[1],
+        "batch_mean_accuracy": training.batch_means(scores, labels, config.evaluate.batch_size)[1],
         "loss": functional.cross_entropy(scores.double(), labels).item(),
     }
     # Lists, which DVC leaves out of its tables. A digit that is never predicted has precision 0.
@@ -35,10 +35,10 @@ def main() -> None:
     rows = zip(labels.tolist(), predicted.tolist(), probabilities.tolist(), strict=True)
     write(PREDICTIONS, "actual,predicted,probability\n" + "".join(f"{a},{b},{c:.6f}\n" for a, b, c in rows))
 
-    reached = "reached" if metrics["accuracy"] >= p.evaluate.target_accuracy else "missed"
+    reached = "reached" if metrics["accuracy"] >= config.evaluate.target_accuracy else "missed"
     print(
         f"test accuracy {metrics['accuracy']:.2%} (mean over batches {metrics['batch_mean_accuracy']:.4%}), "
-        f"loss {metrics['loss']:.6f}: target {p.evaluate.target_accuracy:.2%} {reached}"
+        f"loss {metrics['loss']:.6f}: target {config.evaluate.target_accuracy:.2%} {reached}"
     )
 
 

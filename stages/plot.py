@@ -19,7 +19,7 @@ STYLE = {"font.size": 13, "axes.spines.top": False, "axes.spines.right": False, 
 
 def main() -> None:
     """Draw six plots."""
-    p = params.load()
+    config = params.load()
     plt.style.use(["default", STYLE])  # by name: a user's own matplotlibrc would change the bytes
     ours, published = (np.genfromtxt(path, delimiter=",", names=True) for path in (HISTORY, PUBLISHED))
     predictions = np.genfromtxt(PREDICTIONS, delimiter=",", names=True)
@@ -30,10 +30,10 @@ def main() -> None:
     figures["confusion_matrix"] = confusion_matrix(
         predictions["actual"].astype(int), predictions["predicted"].astype(int)
     )
-    figures["wrong_digits"] = wrong_digits(images, predictions, p.plot.wrong_digits)
+    figures["wrong_digits"] = wrong_digits(images, predictions, config.plot.wrong_digits)
     for name, figure in figures.items():
         png = io.BytesIO()
-        figure.savefig(png, format="png", dpi=p.plot.dpi, metadata={"Software": None})
+        figure.savefig(png, format="png", dpi=config.plot.dpi, metadata={"Software": None})
         write(PLOTS / f"{name}.png", png.getvalue())
     print(f"{len(figures)} plots in {PLOTS}")
 

@@ -9,9 +9,9 @@ from mnist_mlp import params, registry, run_command, tracking
 
 def main() -> None:
     """Complete the run, register the model, and say what came of it."""
-    p = params.load()
-    run, added = tracking.track(p)
-    print(f"MLflow: run {run.info.run_name} {'is now' if added else 'was'} complete; {registry.register(run, p)}")
+    config = params.load()
+    run, added = tracking.track(config)
+    print(f"MLflow: run {run.info.run_name} {'is now' if added else 'was'} complete; {registry.register(run, config)}")
 
 
 if __name__ == "__main__":

@@ -28,8 +28,8 @@ ROOT = Path("data")
 
 
 def main() -> None:
-    p = params.load()
-    train_set, test_set = training.load("train", p), training.load("t10k", p)
+    config = params.load()
+    train_set, test_set = training.load("train", config), training.load("t10k", config)
     torch.manual_seed(42)
     order = torch.randperm(len(train_set.images))
 

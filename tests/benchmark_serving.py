@@ -38,10 +38,10 @@ class Batch(BaseModel):
 
 def bare(port: int) -> None:
     """What one would write first."""
-    p, app = params.load(), FastAPI()
-    model = net.mlp(p.model.hidden)
+    config, app = params.load(), FastAPI()
+    model = net.mlp(config.model.hidden)
     net.load_weights(model, MODEL.read_bytes(), str(MODEL))
-    classifier = net.ImageClassifier(model, p.data.mean, p.data.std)
+    classifier = net.ImageClassifier(model, config.data.mean, config.data.std)
 
     @app.get("/health")
     def health() -> None: ...

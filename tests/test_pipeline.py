@@ -133,6 +133,7 @@ def test_an_edit_runs_only_what_it_touches(repository: Path, edit: dict[str, obj
     [
         ({"train.lr": "fast"}, "params.yaml: train.lr is 'fast': input should be a valid number"),
         (DIVERGING, "train: diverged in epoch 0: the loss is"),
+        ({"model.hidden": [100_000, 100_000]}, "params.yaml: model.hidden [100000, 100000] needs at least"),
         ({"train.device": "cuda"}, "params.yaml: train.device is 'cuda', but PyTorch finds no usable GPU here"),
     ],
 )

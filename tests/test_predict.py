@@ -22,19 +22,22 @@ class Digits:
     """The test digits, and a net that reads 97 % of them."""
 
     def __init__(self, mnist: Path) -> None:
-        p = params.load()
-        p = p.model_copy(update={"train": p.train.model_copy(update={"epochs": 4, "seed": 42, "device": "cpu"})})
+        config = params.load()
+        config = config.model_copy(
+            update={"train": config.train.model_copy(update={"epochs": 4, "seed": 42, "device": "cpu"})}
+        )
         train_set, test_set = (
             training.Dataset(
-                net.normalise(torch.from_numpy(images), p.data.mean, p.data.std), torch.from_numpy(labels).long()
+                net.normalise(torch.from_numpy(images), config.data.mean, config.data.std),
+                torch.from_numpy(labels).long(),
             )
             for images, labels in (data.load("train", mnist), data.load("t10k", mnist))
         )
-        torch.manual_seed(p.train.seed)
-        model = net.mlp(p.model.hidden)
-        *_, last = training.train(model, train_set, test_set, p)
+        torch.manual_seed(config.train.seed)
+        model = net.mlp(config.model.hidden)
+        *_, last = training.train(model, train_set, test_set, config)
         assert last.test_acc > 0.96
-        self.classifier = net.ImageClassifier(model.eval(), p.data.mean, p.data.std)
+        self.classifier = net.ImageClassifier(model.eval(), config.data.mean, config.data.std)
         self.images, self.labels = data.load("t10k", mnist)
 
     def share_right(self, pages: list[Page]) -> float:

@@ -42,17 +42,17 @@ def repository(mnist: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         patch.setattr(store, "ROOT", folder)
         for name in ("MLFLOW_TRACKING_URI", "DVC_ROOT", "DVC_EXP_NAME"):
             patch.delenv(name, raising=False)
-        p = params.load()
+        config = params.load()
         images, labels = (torch.from_numpy(array)[:10_000] for array in data.load("train"))
-        inputs = net.normalise(images, p.data.mean, p.data.std)
-        torch.manual_seed(p.train.seed)
-        model = net.mlp(p.model.hidden)
-        optimizer = torch.optim.SGD(model.parameters(), p.train.lr)
+        inputs = net.normalise(images, config.data.mean, config.data.std)
+        torch.manual_seed(config.train.seed)
+        model = net.mlp(config.model.hidden)
+        optimizer = torch.optim.SGD(model.parameters(), config.train.lr)
         training.train_epoch(model, optimizer, training.Dataset(inputs, labels.long()), torch.arange(10_000), 64)
-        with tracking.new_run(p) as run:
-            run.log_model(p, net.save_weights(model))
+        with tracking.new_run(config) as run:
+            run.log_model(config, net.save_weights(model))
         crown(registry.CHAMPION)
-        yield Repository(folder, net.ImageClassifier(model, p.data.mean, p.data.std))
+        yield Repository(folder, net.ImageClassifier(model, config.data.mean, config.data.std))
 
 
 def crown(alias: str) -> None:

@@ -25,8 +25,8 @@ def first(dataset: training.Dataset, count: int) -> training.Dataset:
 
 
 def recipe(**train: object) -> params.Params:
-    p = params.load()
-    return p.model_copy(update={"train": p.train.model_copy(update=train)})
+    config = params.load()
+    return config.model_copy(update={"train": config.train.model_copy(update=train)})
 
 
 def mlp(hidden: list[int]) -> nn.Sequential:

@@ -112,10 +112,10 @@ def test_a_stored_model_that_computes_something_else_is_different(
     project.run(repository, sys.executable, "-m", "stages.track")  # the copy is the store's place now
     monkeypatch.chdir(repository)
     (run,) = project.runs(repository)
-    p = params.load()
-    model = net.mlp(p.model.hidden)
+    config = params.load()
+    model = net.mlp(config.model.hidden)
     net.load_weights(model, MODEL.read_bytes(), "model")
-    classifier = net.ImageClassifier(model, p.data.mean, p.data.std).eval()
+    classifier = net.ImageClassifier(model, config.data.mean, config.data.std).eval()
     if what == "weights":
         next(model.parameters()).data[0, 0] += 1e-6
     wrong = Flipped(classifier).eval() if what == "graph" else classifier
