@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import yaml
+from ruamel.yaml import YAML
 
 from mnist_mlp import UserError
 from mnist_mlp.params import Params
@@ -53,7 +53,7 @@ def patch() -> bytes | None:
 
 def _code() -> list[str]:
     """List the files and folders in Git that decide what the pipeline gives; parameters are recorded by themselves."""
-    stages = yaml.safe_load(Path("dvc.yaml").read_text())["stages"].values()
+    stages = read_stages(Path("dvc.yaml").read_bytes()).values()
     outputs = [next(iter(out)) if isinstance(out, dict) else out for stage in stages for out in _outputs(stage)]
     made = {place for output in outputs for place in (output, *map(str, Path(output).parents))}
     needed = {dependency for stage in stages for dependency in stage.get("deps", [])}
@@ -71,7 +71,7 @@ def recorded(config: Params) -> dict[str, Any]:
         UserError: a parameter, dependency or result is not the recorded one, so the results are not of this state.
     """
     try:
-        stages: dict[str, Any] = yaml.safe_load(LOCK.read_text())["stages"]
+        stages = read_stages(LOCK.read_bytes())
     except FileNotFoundError:
         raise UserError(f"there is no {LOCK}, so there are no results yet; run `dvc repro`") from None
     stages.pop(TRACK, None)
@@ -85,6 +85,12 @@ def recorded(config: Params) -> dict[str, Any]:
                 raise UserError(f"{path} is missing; run `dvc repro`")
             if file_md5(path) not in (file["md5"], None):  # None for a folder
                 raise UserError(f"{path} has changed since stage {name} last ran; run `dvc repro`")
+    return stages
+
+
+def read_stages(content: bytes) -> dict[str, Any]:
+    """Give the stages of ``dvc.lock`` or ``dvc.yaml``, read as DVC does: for other readers of YAML, 1e-05 is text."""
+    stages: dict[str, Any] = YAML(typ="safe").load(content)["stages"]
     return stages
 
 

@@ -15,8 +15,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mnist_mlp import HAS_AVX2, METRICS, PLOTS, PUBLISHED, lineage, params, run_command
 from mnist_mlp.params import Params
 
@@ -56,7 +54,7 @@ def compare(config: Params) -> tuple[list[str], bool]:
     committed_lock = _committed(lineage.LOCK)
     if committed_lock is None:
         return ["no results are committed yet; `git add dvc.lock results && git commit` keeps these"], True
-    stages = yaml.safe_load(committed_lock)["stages"]
+    stages = lineage.read_stages(committed_lock)
     committed = lineage.outputs(stages)
     if missing := [path for path in committed if not Path(path).exists()]:
         return [f"incomplete: {', '.join(missing)} missing; `dvc repro` makes what is missing"], False

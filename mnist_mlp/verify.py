@@ -31,7 +31,6 @@ from typing import NamedTuple
 os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
 
 import mlflow
-import yaml
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
@@ -236,14 +235,14 @@ def _model_uri(run: Run) -> str:
 
 
 def _stages(lock: str, origin: str) -> dict[str, dict[str, object]]:
-    stages: dict[str, dict[str, object]] = yaml.safe_load(lock)["stages"]
+    stages = lineage.read_stages(lock.encode())
     if not {"train", "evaluate", "plot"} <= stages.keys():
         raise UserError(f"{origin} has no results in its dvc.lock")
     return stages
 
 
 def _outputs(clone: Path) -> Values:
-    return lineage.outputs(yaml.safe_load((clone / lineage.LOCK).read_text())["stages"])
+    return lineage.outputs(lineage.read_stages((clone / lineage.LOCK).read_bytes()))
 
 
 def _clone(commit: str, folder: Path) -> Path:

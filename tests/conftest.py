@@ -1,6 +1,7 @@
 """What several test files start from: MNIST's real files, a mirror of them, and a repository whose pipeline has run."""
 
 import gzip
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ from mnist_mlp.data import RAW, SHA256
 from tests import project
 
 ROOT = Path(__file__).parents[1]
+# Two of pytest's processes share the cores. By default, a thread that waits keeps its core busy.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 @pytest.fixture(scope="session")

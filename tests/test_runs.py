@@ -200,6 +200,14 @@ def test_results_of_other_parameters_are_refused(repository: Path) -> None:
     assert done.stderr == "track: results/history.csv has changed since stage train last ran; run `dvc repro`\n"
 
 
+def test_a_small_number_is_the_same_in_the_lock(repository: Path) -> None:
+    """DVC writes 1e-05, which some readers of YAML take for text."""
+    params = repository / "params.yaml"
+    params.write_text(params.read_text().replace("weight_decay: 0.0", "weight_decay: 1e-5"))
+    assert "mnist-mlp version 2" in project.run(repository, "dvc", "repro").stdout
+    assert project.runs(repository)[0].data.params["train.weight_decay"] == "1e-05"
+
+
 def test_a_moved_folder_keeps_its_store_and_nothing_is_written_to_the_old_place(
     repository: Path, tmp_path: Path
 ) -> None:
