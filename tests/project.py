@@ -47,7 +47,8 @@ def copy(repository: Path, folder: Path, store: bool = True) -> Path:
 
 def commit(folder: Path) -> None:
     run(folder, "git", "add", "--all")
-    run(folder, "git", "commit", "--quiet", "-m", "test")
+    identity = ("-c", "user.name=test", "-c", "user.email=test@localhost")  # a clone has none
+    run(folder, "git", *identity, "commit", "--quiet", "-m", "test")
 
 
 def edit(folder: Path, values: dict[str, object]) -> None:
