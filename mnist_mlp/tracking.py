@@ -244,7 +244,8 @@ Test accuracy **{metrics["accuracy"]:.2%}** of 10,000 images. The target of {tar
 Mean over batches, as the tutorial counts: {metrics["batch_mean_accuracy"]:.4%}; published: {published:.4%}.
 
 - Prove it: `make verify MODEL={run_id}`
-- Repeat it: `git checkout {lineage.commit()}`, put this run's artifact `params.yaml` there, then `dvc repro`
+- Repeat it: `git checkout {lineage.commit()}`, copy this run's artifact `params.yaml` there, \
+`git apply` its artifact `{PATCH}` if it has one, then `dvc repro`
 """
 
 
