@@ -96,7 +96,7 @@ def read_stages(content: bytes) -> dict[str, Any]:
 
 def outputs(stages: dict[str, Any]) -> dict[str, str]:
     """Give the MD5 of each result that the stages of a ``dvc.lock`` record, by path; the data are no result."""
-    files = [file for stage in stages.values() for file in stage.get("outs", [])]
+    files = [file for name, stage in stages.items() if name != TRACK for file in stage.get("outs", [])]
     return {file["path"]: file["md5"] for file in files if not file["md5"].endswith(".dir")}
 
 

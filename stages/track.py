@@ -4,7 +4,11 @@ The pipeline ends with it. ``make track`` runs it by itself: after ``rm mlflow.d
 it fills in from ``results/`` whatever is missing. Where nothing is missing it changes nothing.
 """
 
-from mnist_mlp import params, registry, run_command, tracking
+from pathlib import Path
+
+from mnist_mlp import params, registry, run_command, tracking, write
+
+TRACKED = Path("results/tracked")  # for DVC: which results this repository's MLflow store has
 
 
 def main() -> None:
@@ -12,6 +16,7 @@ def main() -> None:
     config = params.load()
     run, added = tracking.track(config)
     print(f"MLflow: run {run.info.run_name} {'is now' if added else 'was'} complete; {registry.register(run, config)}")
+    write(TRACKED, run.data.tags["dvc.lock.md5"] + "\n")
 
 
 if __name__ == "__main__":
