@@ -109,7 +109,7 @@ def test_a_removed_experiment_stays_readable_in_mlflow(explored: Path, tmp_path:
     assert mlflow.pyfunc.load_model(f"models:/mnist-mlp/{version.version}")
 
 
-def test_a_clone_pulls_data_model_and_experiments_and_has_nothing_to_run(
+def test_a_clone_pulls_data_model_and_experiments_and_computes_nothing_again(
     finished: Path, explored: Path, tmp_path: Path
 ) -> None:
     folder, remote, clone = tmp_path / "repository", tmp_path / "remote.git", tmp_path / "a clone"
@@ -126,13 +126,15 @@ def test_a_clone_pulls_data_model_and_experiments_and_has_nothing_to_run(
     project.run(tmp_path, "git", "clone", "--quiet", str(remote), str(clone))
     project.run(clone, *store)
     project.run(clone, "dvc", "pull")
-    assert UP_TO_DATE in project.run(clone, "dvc", "repro").stdout
+    assert project.stages_run(project.run(clone, "dvc", "repro").stdout) == ["track"]
     assert project.contents(clone) == project.contents(finished)
     assert project.run(clone, "git", "status", "--porcelain").stdout == ""
 
     project.run(clone, "dvc", "exp", "pull", "origin", name)
     project.run(clone, "dvc", "exp", "apply", name)
+    assert project.stages_run(project.run(clone, "dvc", "repro").stdout) == ["track"]
     assert UP_TO_DATE in project.run(clone, "dvc", "repro").stdout
+    assert len(project.runs(clone)) == 2  # MLflow of the clone has been told of both
     assert project.contents(clone) != project.contents(finished)
 
 
