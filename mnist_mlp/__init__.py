@@ -4,10 +4,13 @@ This file is imported before all others. It sets what must be set before PyTorch
 stages exchange, and holds the few lines that every command needs.
 """
 
+import csv
+import io
 import os
+import platform
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 # `python -m` imports this file before the command itself; until then the command's name is "-m". The imports take
@@ -29,6 +32,7 @@ os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 # holds nothing but tensors.
 os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"
 
+ROOT = Path(os.environ.get("DVC_ROOT", ".")).resolve()  # the repository, even where DVC works in a temporary copy of it
 MODEL = Path("results/model.safetensors")
 HISTORY = Path("results/history.csv")
 METRICS = Path("results/metrics.json")
@@ -52,7 +56,7 @@ def run_command(main: Callable[[], object]) -> None:
         # DVC removes a stage's results before it runs the stage, and keeps a copy in its cache.
         results = (MODEL, HISTORY, METRICS, PREDICTIONS)
         removed = "DVC_STAGE" in os.environ and not all(path.exists() for path in results)
-        hint = "; undo the change, and `dvc repro` brings the last results back" if removed else ""
+        hint = "; when this is mended, `dvc repro` restores what this machine has computed before" if removed else ""
         sys.exit(f"{Path(sys.argv[0]).stem}: {error}{hint}")
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate" not in str(error):  # PyTorch's word for too little memory
@@ -62,10 +66,26 @@ def run_command(main: Callable[[], object]) -> None:
         sys.exit(130)
 
 
+def cpu() -> str:
+    """Name the processor."""
+    lines = CPUINFO.read_text().splitlines() if CPUINFO.exists() else []
+    names = [line for line in lines if line.startswith("model name")]
+    return names[0].partition(": ")[2] if names else platform.machine()
+
+
+def csv_text(columns: Iterable[str], rows: Iterable[Mapping[str, str]]) -> str:
+    """Write rows as the content of a CSV file; what a row lacks is left empty."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(columns), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
 def write(path: Path, content: bytes | str) -> None:
     """Write ``content`` to ``path``, all of it or nothing: until the end, the old file stays as it is."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # two processes may write at once
     try:
         with part.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)

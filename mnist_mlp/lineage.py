@@ -25,7 +25,9 @@ def md5(content: bytes) -> str:
 def git(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[bytes]:
     """Run Git in this folder, whatever repository the caller's environment names."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-    return subprocess.run(["git", *arguments], env=clean | (env or {}), capture_output=True, check=False)
+    return subprocess.run(
+        ["git", "-c", "core.quotePath=false", *arguments], env=clean | (env or {}), capture_output=True, check=False
+    )
 
 
 def commit() -> str:

@@ -16,13 +16,14 @@ from mnist_mlp import UserError
 class Linear(nn.Linear):
     """``nn.Linear`` with sums in a fixed order: the same bytes for any number of threads.
 
-    Takes (..., in_features) and gives (..., out_features), as ``nn.Linear`` does. On a GPU, without oneDNN and in an
-    exported graph, which must run anywhere, it *is* ``nn.Linear``.
+    Takes (..., in_features) and gives (..., out_features), as ``nn.Linear`` does. On a GPU, without oneDNN, for numbers
+    other than float32, and in an exported graph, which must run anywhere, it *is* ``nn.Linear``.
     """
 
     def forward(self, input: Tensor) -> Tensor:
         """Compute ``input @ weight.T + bias``."""
-        if torch.compiler.is_exporting() or input.is_cuda or not torch.backends.mkldnn.is_available():
+        elsewhere = input.is_cuda or input.dtype != torch.float32 or not torch.backends.mkldnn.is_available()
+        if elsewhere or torch.compiler.is_exporting():
             return super().forward(input)
         if input.dim() != 2:
             return self.forward(input.reshape(-1, self.in_features)).reshape(*input.shape[:-1], self.out_features)

@@ -5,6 +5,8 @@
 
 import re
 import reprlib
+from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -32,6 +34,7 @@ class Data(Section):
 
     mirrors: Annotated[list[Mirror], Field(min_length=1)]
     timeout: Annotated[float, Field(gt=0, le=86_400)]  # seconds for one file from one mirror
+    validation: Annotated[int, Field(ge=0, le=59_999)]  # how many of the last training images are held out
     mean: Fraction
     std: Annotated[float, Field(gt=0, le=1_000_000)]
 
@@ -69,6 +72,20 @@ class Plot(Section):
     wrong_digits: Annotated[int, Field(ge=1, le=100)]
 
 
+class Study(Section):
+    """The recipe with many seeds, and with other values of some parameters; see study/dvc.yaml."""
+
+    seeds: Count  # each setting is trained with the seeds 1 to this number
+    vary: dict[str, Annotated[list[Any], Field(min_length=1)]]  # {"train.lr": [0.03, 0.1]}
+
+
+# What decides what a training gives, but for the seed: the parameters of stage `train` in dvc.yaml.
+VARIABLE = (
+    "data.validation", "data.mean", "data.std", "model.hidden", "train.epochs", "train.batch_size", "train.lr",
+    "train.momentum", "train.weight_decay", "train.device", "evaluate.batch_size",
+)  # fmt: skip
+
+
 class Params(Section):
     """The whole of ``params.yaml``; a section for each stage that has parameters."""
 
@@ -77,14 +94,28 @@ class Params(Section):
     train: Train
     evaluate: Evaluate
     plot: Plot
+    study: Study
 
     def flat(self) -> dict[str, object]:
-        """Name every parameter as DVC does: ``{"train.lr": 0.1, ...}``."""
+        """Name every parameter of the pipeline as DVC does: ``{"train.lr": 0.1, ...}``. The study is another one."""
         return {
             f"{section}.{key}": value
-            for section, keys in self.model_dump(by_alias=True).items()
+            for section, keys in self.model_dump(by_alias=True, exclude={"study"}).items()
             for key, value in keys.items()
         }
+
+    def replaced(self, values: Mapping[str, object]) -> "Params":
+        """Put other values in the place of some, named as in ``flat``. They are checked as the file is."""
+        content = self.model_dump(by_alias=True)
+        for name, value in values.items():
+            section, key = name.split(".")
+            content[section][key] = value
+        return Params.model_validate(content)
+
+    def settings(self) -> list[dict[str, object]]:
+        """List what the study compares: every combination of ``study.vary``. One without changes if nothing varies."""
+        names = self.study.vary.keys()
+        return [dict(zip(names, values, strict=True)) for values in product(*self.study.vary.values())]
 
 
 class _Constructor(SafeConstructor):
@@ -112,28 +143,52 @@ def load(path: Path = PARAMS) -> Params:
         UserError: no such file, broken YAML, or a key that is unknown, missing, of a wrong type or out of range.
     """
     try:
-        return Params.model_validate(_parse(path))
+        config = Params.model_validate(_parse(path))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; run from the repository's root, or `git checkout {path}`") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: not a UTF-8 text file; `git checkout {path}` restores it") from None
     except ValidationError as error:
-        # A misspelt key is unknown, and missing under its right name: the former says more.
-        first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-        key = _short(".".join(str(part) for part in first["loc"]))[1:-1] or "the file"
-        value = _short(first["input"])
-        match first["type"]:
-            case "missing":
-                problem = f"is missing; `git diff {path}` shows what changed"
-            case "extra_forbidden":
-                problem = f"is {value}: not a parameter; allowed here: {_keys(first['loc'][:-1])}"
-            case "model_type":
-                problem = f"is {value}: it should hold {_keys(first['loc'])}"
-            case "bool_type":
-                problem = f"is {value}: write true or false"
-            case _:
-                problem = f"is {value}: {first['msg'][:1].lower()}{first['msg'][1:]}"
-        raise UserError(f"{path}: {key} {problem}") from None
+        raise UserError(f"{path}: {_problem(error, path)}") from None
+    _check_vary(config, path)
+    return config
+
+
+def _check_vary(config: Params, path: Path) -> None:
+    """Check each value of ``study.vary`` as if it stood in its own place."""
+    for name, values in config.study.vary.items():
+        if name not in VARIABLE:
+            raise UserError(
+                f"{path}: study.vary: {_short(name)} is no parameter that decides what a training gives (the seeds are "
+                f"those of study.seeds); allowed: {', '.join(VARIABLE)}"
+            )
+        for position, value in enumerate(values):
+            try:
+                config.replaced({name: value})
+            except ValidationError as error:
+                raise UserError(f"{path}: study.vary: {_problem(error, path)}") from None
+            if value in values[:position]:
+                raise UserError(f"{path}: study.vary: {name} has {_short(value)} twice; leave one of them out")
+
+
+def _problem(error: ValidationError, path: Path) -> str:
+    """Say which key is wrong, and why."""
+    # A misspelt key is unknown, and missing under its right name: the former says more.
+    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    key = _short(".".join(str(part) for part in first["loc"]))[1:-1] or "the file"
+    value = _short(first["input"])
+    match first["type"]:
+        case "missing":
+            problem = f"is missing; `git diff {path}` shows what changed"
+        case "extra_forbidden":
+            problem = f"is {value}: not a parameter; allowed here: {_keys(first['loc'][:-1])}"
+        case "model_type":
+            problem = f"is {value}: it should hold {_keys(first['loc'])}"
+        case "bool_type":
+            problem = f"is {value}: write true or false"
+        case _:
+            problem = f"is {value}: {first['msg'][:1].lower()}{first['msg'][1:]}"
+    return f"{key} {problem}"
 
 
 def _parse(path: Path) -> object:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
-from scipy import ndimage  # type: ignore[import-untyped]
+from scipy import ndimage
 
 from mnist_mlp import UserError, registry, run_command
 

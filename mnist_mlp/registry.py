@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from typing import Any
 
 import mlflow
 import numpy as np
@@ -17,6 +18,8 @@ Classifier = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 NAME = "mnist-mlp"
 CHAMPION = "champion"
 TAGS = ("git.commit", "data.digest", "model.md5")
+RUN = "run"
+FIGURES = ("validation_accuracy", "accuracy")  # to choose by: the first that a version has
 
 
 def register(run: Run, config: Params) -> str:
@@ -46,16 +49,26 @@ def register(run: Run, config: Params) -> str:
 
 
 def _version_of(run: Run) -> ModelVersion:
-    """Find the version with the bytes of the run's model, or make it."""
+    """Find the version with the bytes of the run's model, or make it.
+
+    The tag ``run`` names a complete run, which says where the version comes from. MLflow's own link leads to the run
+    that has stored the model first; that one may have been interrupted later.
+    """
     for version in _versions():
         if version.tags.get("model.md5") == run.data.tags["model.md5"] and _usable(version):
+            if not _is_complete(version.tags.get(RUN)):
+                mlflow.MlflowClient().set_model_version_tag(NAME, version.version, RUN, run.info.run_id)
             return version
-    tags = {name: run.data.tags[name] for name in TAGS} | {"accuracy": str(run.data.metrics["accuracy"])}
+    tags = {RUN: run.info.run_id} | {name: run.data.tags[name] for name in TAGS}
+    tags |= {name: str(run.data.metrics[name]) for name in FIGURES if name in run.data.metrics}
     return mlflow.register_model(f"models:/{tracking.model_of(run)}", NAME, tags=tags)
 
 
 def _decide() -> ModelVersion | None:
     """Give the alias to the best version. Of equal ones the champion stays, else it is the oldest.
+
+    A version with a validation accuracy comes before all that were only tested: to choose by the test set is to train
+    on it.
 
     It looks again after each change: of several clones that register at once on one server, the last to change
     anything sees the versions of all.
@@ -64,7 +77,7 @@ def _decide() -> ModelVersion | None:
     while True:
         champion = _champion()
         ranked = sorted(
-            _versions(), key=lambda v: (_accuracy(v), str(v.version) == champion, -int(v.version)), reverse=True
+            _versions(), key=lambda v: (_merit(v), str(v.version) == champion, -int(v.version)), reverse=True
         )
         best = next(filter(_usable, ranked), None)
         if best is None or str(best.version) == champion:
@@ -84,21 +97,37 @@ def _champion() -> str | None:
 
 
 def _usable(version: ModelVersion) -> bool:
-    """Look whether the version's files are there; they can be deleted, and a new version then takes its place."""
-    try:
+    """Look whether the version's files are there; they can be lost, and a new version then takes its place."""
+    if version.model_id:
+        return tracking.is_whole(version.model_id)
+    try:  # a version that was made by hand, from files
         return bool(mlflow.artifacts.list_artifacts(artifact_uri=f"models:/{NAME}/{version.version}"))
     except (MlflowException, OSError):
         return False
 
 
-def _accuracy(version: ModelVersion) -> float:
-    """Look the accuracy up: in the tags that we give a version, else in its run; 0 where neither has it."""
-    if "accuracy" in version.tags:
-        return float(version.tags["accuracy"])
+def _is_complete(run_id: str | None) -> bool:
     try:
-        return float(mlflow.get_run(version.run_id or "").data.metrics["accuracy"])
-    except (MlflowException, KeyError):
-        return 0.0
+        run = mlflow.get_run(run_id or "")
+    except MlflowException:
+        return False
+    return run.info.status == "FINISHED" and "dvc.lock.md5" in run.data.tags
+
+
+def _merit(version: ModelVersion) -> tuple[bool, float]:
+    """Say whether a version has a validation accuracy, and what to rank it by: 0 if neither it nor its run tells."""
+    found: dict[str, Any] = dict(version.tags)
+    if found.keys().isdisjoint(FIGURES):
+        try:
+            found = mlflow.get_run(version.run_id or "").data.metrics
+        except MlflowException:
+            found = {}
+    validation = "validation_accuracy" in found
+    try:
+        value = float(found.get(FIGURES[0] if validation else FIGURES[1], 0))
+    except ValueError:  # a tag that somebody has set by hand
+        value = 0.0
+    return validation, value if 0 <= value <= 1 else 0.0
 
 
 def load() -> tuple[ModelVersion, Classifier]:

@@ -14,7 +14,7 @@ os.environ.setdefault("PGCONNECT_TIMEOUT", "5")  # seconds; read by PostgreSQL's
 import mlflow
 import sqlalchemy
 from filelock import FileLock
-from mlflow.entities import Metric, Run, ViewType
+from mlflow.entities import Experiment, Metric, Run, ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.store.db.utils import create_sqlalchemy_engine
 from mlflow.utils.credentials import get_default_host_creds
@@ -22,11 +22,11 @@ from mlflow.utils.rest_utils import http_request
 from mlflow.utils.time import get_current_time_millis
 from sqlalchemy.exc import SQLAlchemyError
 
-from mnist_mlp import PUBLISHED, UserError
+from mnist_mlp import PUBLISHED, ROOT, UserError
 
 EXPERIMENT = "mnist"
+STUDY = "mnist-study"  # an experiment of its own: its hundred runs would hide the pipeline's
 PUBLISHED_RUN = "published"
-ROOT = Path(os.environ.get("DVC_ROOT", ".")).resolve()  # the repository, even where DVC works in a temporary copy of it
 SQLITE = "sqlite:///"
 
 
@@ -37,6 +37,10 @@ def uri() -> str:
         UserError: it is a server or a database that does not answer.
     """
     address = os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}mlflow.db"
+    if address in ("sqlite://", f"{SQLITE}:memory:"):
+        raise UserError(
+            "MLFLOW_TRACKING_URI names a store in memory, which ends with each stage; name a file or a server"
+        )
     if address.startswith(SQLITE):
         return f"{SQLITE}{ROOT / address.removeprefix(SQLITE)}"
     try:  # once, as MLflow asks, with its credentials and certificates; MLflow itself would try again for minutes
@@ -51,8 +55,8 @@ def uri() -> str:
     return address
 
 
-def connect() -> None:
-    """Open the store, and make in it what every run needs.
+def connect(experiment: str = EXPERIMENT) -> None:
+    """Open the store at an experiment, and make in it what every run needs.
 
     Raises:
         UserError: no MLflow store is available.
@@ -64,22 +68,40 @@ def connect() -> None:
             if address.startswith(SQLITE):
                 _create_tables(Path(address.removeprefix(SQLITE)))
             artifacts = (ROOT / "mlruns").as_uri() if address.startswith(SQLITE) else None
-            experiment = mlflow.get_experiment_by_name(EXPERIMENT)
-            if experiment is None:
-                mlflow.create_experiment(EXPERIMENT, artifacts)
-            elif Path(address.removeprefix(SQLITE)).parent == ROOT and experiment.artifact_location != artifacts:
-                _follow_moved_folder(address, experiment.artifact_location, str(artifacts))
-            mlflow.set_experiment(EXPERIMENT)
-            _add_published_run()
-            _end_runs_of_killed_processes()
+            for name in dict.fromkeys([EXPERIMENT, experiment]):
+                found = mlflow.get_experiment_by_name(name) or _create(name, artifacts)
+                old = found.artifact_location
+                ours = old.startswith("file://") and old.endswith("/mlruns")  # not a place that a user has chosen
+                if ours and old != artifacts and Path(address.removeprefix(SQLITE)).parent == ROOT:
+                    _follow_moved_folder(address, old, str(artifacts))
+                mlflow.set_experiment(name)
+                _add_published_run(name)
+                _end_runs_of_killed_processes(name)
     except (MlflowException, SQLAlchemyError, OSError) as error:
         raise UserError(f"MLflow at {first_line(address)} refuses: {first_line(error)}") from None
 
 
-def search(condition: str, view: int = ViewType.ACTIVE_ONLY) -> list[Run]:
-    """Find runs of the experiment, the newest first."""
+def experiment_id(name: str = EXPERIMENT) -> str:
+    """Look an experiment up in the store that ``connect`` has opened."""
+    experiment = mlflow.get_experiment_by_name(name)
+    assert experiment
+    return str(experiment.experiment_id)
+
+
+def page(experiment: str = EXPERIMENT) -> str:
+    """Say where to look at the runs of an experiment. MLflow's own start page is for language models."""
+    address = os.environ.get("MLFLOW_TRACKING_URI", "")
+    runs = f"#/experiments/{experiment_id(experiment)}?workflowType=machine_learning"
+    if address.startswith("http"):
+        return f"{first_line(address).rstrip('/')}/{runs}"
+    start = "mlflow ui" + (' --backend-store-uri "$MLFLOW_TRACKING_URI"' if address else "")
+    return f"http://127.0.0.1:5000/{runs} (source .venv/bin/activate && {start})"
+
+
+def search(condition: str, view: int = ViewType.ACTIVE_ONLY, experiment: str = EXPERIMENT) -> list[Run]:
+    """Find runs of an experiment, the newest first."""
     found: list[Run] = mlflow.search_runs(
-        experiment_names=[EXPERIMENT], filter_string=condition, run_view_type=view, output_format="list"
+        experiment_names=[experiment], filter_string=condition, run_view_type=view, output_format="list"
     )
     return found
 
@@ -94,6 +116,16 @@ def lock() -> FileLock:
 def first_line(text: object) -> str:
     """Keep the first line, without the user and password that an address in it may hold."""
     return re.sub(r"//[^/@\s]*@", "//", str(text).strip().partition("\n")[0])
+
+
+def _create(name: str, artifacts: str | None) -> Experiment:
+    """Create an experiment, unless another clone does so at the same time."""
+    try:
+        mlflow.create_experiment(name, artifacts)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    return mlflow.get_experiment_by_name(name)  # type: ignore[return-value]  # it is there now
 
 
 def _create_tables(database: Path) -> None:
@@ -124,32 +156,39 @@ def _follow_moved_folder(address: str, old: str, new: str) -> None:
     print(f"MLflow's store was made in {old.removesuffix('/mlruns')}: its paths now lead to {new}", flush=True)
 
 
-def _add_published_run() -> None:
+def _add_published_run(experiment: str) -> None:
     """Add the tutorial's history once, so that charts can show it beside ours. If a user deletes it, it stays away."""
-    if search(f"attributes.run_name = '{PUBLISHED_RUN}'", ViewType.ALL):
+    client, named = mlflow.MlflowClient(), f"attributes.run_name = '{PUBLISHED_RUN}'"
+    found = search(named, ViewType.ALL, experiment)
+    if any(run.data.metrics or run.info.lifecycle_stage == "deleted" for run in found):
         return
-    note = "The figures that the tutorial prints, from `data/published_history.csv`. No model belongs to them."
-    with mlflow.start_run(run_name=PUBLISHED_RUN, tags={"mlflow.note.content": note}) as run:
-        with PUBLISHED.open() as file:
-            history = list(csv.DictReader(file))
-        log_history(run.info.run_id, history)
+    if found:  # the process that made it was killed before it could log anything
+        run = found[0]
+    else:
+        note = "The figures that the tutorial prints, from `data/published_history.csv`. No model belongs to them."
+        run = client.create_run(experiment_id(experiment), tags={"mlflow.note.content": note}, run_name=PUBLISHED_RUN)
+    with PUBLISHED.open() as file:
+        client.log_batch(run.info.run_id, points(list(csv.DictReader(file))))
+    client.set_terminated(run.info.run_id)
+    for late in [run for run in search(named, experiment=experiment) if run.data.metrics][:-1]:
+        client.delete_run(late.info.run_id)  # another clone did the same at the same time
 
 
-def log_history(run_id: str, history: list[dict[str, str]]) -> None:
-    """Log the rows of a history file in one request, with ``step`` = epoch."""
+def points(history: list[dict[str, str]]) -> list[Metric]:
+    """Make metrics of the rows of a history file, with ``step`` = epoch."""
     now = get_current_time_millis()
-    points = [
+    return [
         Metric(name, float(value), now, int(row["epoch"]))
         for row in history
         for name, value in row.items()
         if name != "epoch"
     ]
-    mlflow.MlflowClient().log_batch(run_id, metrics=points)
 
 
-def _end_runs_of_killed_processes() -> None:
+def _end_runs_of_killed_processes(experiment: str) -> None:
     """Mark runs as killed whose process on this machine is gone and had no time to do so."""
-    for run in search(f"attributes.status = 'RUNNING' and tags.host = '{platform.node()}'"):
+    running = f"attributes.status = 'RUNNING' and tags.host = '{platform.node()}'"
+    for run in search(running, experiment=experiment):
         try:
             os.kill(int(run.data.tags["pid"]), 0)  # signal 0 only asks whether the process exists
         except PermissionError:  # it exists, and is another user's

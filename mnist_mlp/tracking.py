@@ -14,6 +14,7 @@ import platform
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,11 +28,12 @@ from mlflow.data.meta_dataset import MetaDataset
 from mlflow.entities import LoggedModelOutput, Run
 from mlflow.exceptions import MlflowException
 
-from mnist_mlp import CPUINFO, HISTORY, METRICS, MODEL, PLOTS, PUBLISHED, UserError, data, lineage, store
+from mnist_mlp import HISTORY, METRICS, MODEL, PLOTS, PUBLISHED, ROOT, UserError, cpu, data, lineage, store
 from mnist_mlp.params import Params
 
 PATCH = "uncommitted.patch"
 CLEAN = "none"  # the digest of no patch
+FILES = "files"  # a tag of a logged model: each file and its size
 
 
 class LiveRun:
@@ -66,7 +68,9 @@ class LiveRun:
         except (MlflowException, OSError) as error:
             self.lost = True
             reason = store.first_line(error)
-            print(f"MLflow is lost ({reason}); going on. Stage track will send all of it", file=sys.stderr)
+            print(
+                f"MLflow is lost ({reason}); the training goes on. Stage `track` will send everything", file=sys.stderr
+            )
 
 
 @contextmanager
@@ -79,31 +83,33 @@ def new_run(config: Params, **tags: str) -> Iterator[LiveRun]:
     store.connect()
     try:
         patch = lineage.patch()
-        run = mlflow.start_run(run_name=_name(), tags=_provenance(patch) | tags)
+        run = mlflow.start_run(run_name=run_name(), tags=provenance(patch) | tags)
         mlflow.log_params(config.flat())
         source = HTTPDatasetSource(config.data.mirrors[0])
         dataset = MetaDataset(source, name="MNIST", digest=data.DIGEST)  # type: ignore[abstract]
         mlflow.log_input(dataset, context="training")
         mlflow.log_artifact("params.yaml")
         if patch:
-            _log_patch(patch)
+            log_patch(run.info.run_id, patch)
     except (MlflowException, OSError) as error:
         raise UserError(f"MLflow refuses: {store.first_line(error)}") from None
     live, status = LiveRun(run.info.run_id), "FAILED"
     try:
         yield live
         status = "FINISHED"
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         status = "KILLED"
+        traceback.clear_frames(error.__traceback__)  # they may hold a lock of SQLite, for which `end` would wait
         raise
     finally:
         live.end(status)
 
 
-def _log_patch(patch: bytes) -> None:
+def log_patch(run_id: str, patch: bytes) -> None:
+    """Store the changes that were not committed with a run."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, PATCH).write_bytes(patch)  # as bytes: a file in it need not be UTF-8
-        mlflow.log_artifact(str(Path(folder, PATCH)))
+        mlflow.MlflowClient().log_artifact(run_id, str(Path(folder, PATCH)))
 
 
 def log_model(config: Params, weights: bytes) -> None:
@@ -121,7 +127,7 @@ def log_model(config: Params, weights: bytes) -> None:
     model = net.mlp(config.model.hidden)
     net.load_weights(model, weights, str(MODEL))
     digest = lineage.md5(weights)
-    mlflow.pytorch.log_model(
+    logged = mlflow.pytorch.log_model(
         net.ImageClassifier(model, config.data.mean, config.data.std).eval(),
         name="model",
         serialization_format="pt2",  # no pickle
@@ -131,8 +137,10 @@ def log_model(config: Params, weights: bytes) -> None:
         ),
         input_example=data.load("t10k")[0][:2],
         pip_requirements=[f"{name}=={importlib.metadata.version(name)}" for name in ("mlflow", "numpy", "torch")],
-        tags={"model.md5": digest},
     )
+    # After all files are there: a model that is found by its tag is whole, or has lost files since.
+    client = mlflow.MlflowClient()
+    client.set_logged_model_tags(logged.model_id, {"model.md5": digest, FILES: json.dumps(_files(logged.model_id))})
     mlflow.set_tag("model.md5", digest)  # last: a run that is found by it has all of the training
 
 
@@ -166,11 +174,29 @@ def track(config: Params) -> tuple[Run, bool]:
 
 
 def model_of(run: Run) -> str | None:
-    """Give the id of the run's logged model, if its files are there."""
+    """Give the id of the run's logged model, if it is whole."""
     for output in run.outputs.model_outputs if run.outputs else []:
-        if _has_files(output.model_id):
+        if is_whole(output.model_id):
             return str(output.model_id)
     return None
+
+
+def is_whole(model_id: str) -> bool:
+    """Look whether a logged model has every file in the size that it had when it was stored."""
+    try:
+        recorded = json.loads(mlflow.get_logged_model(model_id).tags.get(FILES, "{}"))  # none if it is not of ours
+        files = _files(model_id)
+        return bool(files) and recorded.items() <= files.items()
+    except (MlflowException, OSError):
+        return False
+
+
+def _files(model_id: str, folder: str | None = None) -> dict[str, int]:
+    """List the files of a logged model with their sizes in bytes."""
+    sizes: dict[str, int] = {}
+    for found in mlflow.MlflowClient().list_logged_model_artifacts(model_id, folder):
+        sizes |= _files(model_id, found.path) if found.is_dir else {found.path: found.file_size or 0}
+    return sizes
 
 
 def _find(config: Params, digest: str) -> Run | None:
@@ -178,7 +204,8 @@ def _find(config: Params, digest: str) -> Run | None:
     patch, experiment = lineage.patch(), os.environ.get("DVC_EXP_NAME")
     code = {"git.commit": lineage.commit(), "git.patch.md5": _patch_digest(patch)}
     params = {name: str(value) for name, value in config.flat().items()}
-    for run in store.search(f"tags.`model.md5` = '{lineage.md5(MODEL.read_bytes())}' and status = 'FINISHED'"):
+    found = store.search(f"tags.`model.md5` = '{lineage.md5(MODEL.read_bytes())}' and status = 'FINISHED'")
+    for run in sorted(found, key=lambda run: "dvc.lock.md5" not in run.data.tags):  # a complete run before others
         tags = run.data.tags
         if experiment and run.info.run_name != experiment:
             continue
@@ -196,23 +223,16 @@ def _log_training(config: Params) -> None:
     run = mlflow.active_run()
     assert run
     with HISTORY.open() as file:
-        store.log_history(run.info.run_id, list(csv.DictReader(file)))
+        mlflow.MlflowClient().log_batch(run.info.run_id, store.points(list(csv.DictReader(file))))
     weights = MODEL.read_bytes()
     digest = lineage.md5(weights)
     client = mlflow.MlflowClient()
     for model in client.search_logged_models([run.info.experiment_id], f"tags.`model.md5` = '{digest}'"):
-        if _has_files(model.model_id):
+        if is_whole(model.model_id):
             client.log_outputs(run.info.run_id, [LoggedModelOutput(model.model_id, 0)])
             client.set_tag(run.info.run_id, "model.md5", digest)
             return
     log_model(config, weights)
-
-
-def _has_files(model_id: str) -> bool:
-    try:
-        return bool(mlflow.MlflowClient().list_logged_model_artifacts(model_id))
-    except (MlflowException, OSError):
-        return False
 
 
 def _log_results(run_id: str, config: Params, recorded: dict[str, Any], digest: str) -> None:
@@ -227,7 +247,8 @@ def _log_results(run_id: str, config: Params, recorded: dict[str, Any], digest: 
         client.log_artifact(run_id, str(plot), "plots")
     client.log_text(run_id, yaml.safe_dump({"schema": "2.0", "stages": recorded}, sort_keys=False), "dvc.lock")
     # The mean of batches is the last point of test_acc already, and MLflow's page shows each metric before the curves.
-    client.log_metric(run_id, "accuracy", metrics["accuracy"])
+    for name in {"accuracy", "validation_accuracy"} & metrics.keys():
+        client.log_metric(run_id, name, metrics[name])
     client.set_tag(run_id, "mlflow.note.content", _description(run_id, config, metrics))
     client.set_tag(run_id, "dvc.lock.md5", digest)  # last: a run that has it is complete
 
@@ -249,18 +270,18 @@ Mean over batches, as the tutorial counts: {metrics["batch_mean_accuracy"]:.4%};
 """
 
 
-def _name() -> str:
+def run_name() -> str:
     """Name a run as DVC's experiment, or else after branch and commit."""
-    branch = lineage.git("-C", str(store.ROOT), "rev-parse", "--abbrev-ref", "HEAD").stdout.decode().strip()
+    branch = lineage.git("-C", str(ROOT), "rev-parse", "--abbrev-ref", "HEAD").stdout.decode().strip()
     return os.environ.get("DVC_EXP_NAME") or f"{branch}-{lineage.commit()[:7]}"
 
 
-def _provenance(patch: bytes | None) -> dict[str, str]:
+def provenance(patch: bytes | None) -> dict[str, str]:
     """Say what makes the run: which code, data, versions, machine and process."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "mlflow", "dvc")}
     return versions | {
         "git.commit": lineage.commit(),
-        "git.branch": lineage.git("-C", str(store.ROOT), "rev-parse", "--abbrev-ref", "HEAD").stdout.decode().strip(),
+        "git.branch": lineage.git("-C", str(ROOT), "rev-parse", "--abbrev-ref", "HEAD").stdout.decode().strip(),
         "git.patch.md5": _patch_digest(patch),
         "data.digest": data.DIGEST,
         "python": platform.python_version(),
@@ -274,10 +295,3 @@ def _patch_digest(patch: bytes | None) -> str:
     if patch is None:
         return lineage.UNKNOWN
     return lineage.md5(patch) if patch else CLEAN
-
-
-def cpu() -> str:
-    """Name the processor."""
-    lines = CPUINFO.read_text().splitlines() if CPUINFO.exists() else []
-    names = [line for line in lines if line.startswith("model name")]
-    return names[0].partition(": ")[2] if names else platform.machine()

@@ -4,7 +4,9 @@ The data lie in memory as two tensors, so a batch is an indexing operation. With
 at least three times as long (``make bench``).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -17,6 +19,10 @@ from mnist_mlp.params import Params
 DIVERGED = 1000.0  # a loss above this never comes back; it may become finite again, with every ReLU dead
 
 
+class DivergedError(UserError):
+    """The loss has left every useful range: ``train.lr`` is too high for this seed."""
+
+
 class Dataset(NamedTuple):
     """Images (N, 784), float32 and normalised, with their labels (N,), int64."""
 
@@ -24,38 +30,63 @@ class Dataset(NamedTuple):
     labels: Tensor
 
 
-class Epoch(NamedTuple):
-    """The figures of one epoch: means over its batches. Accuracies are fractions."""
+class Sets(NamedTuple):
+    """What a training reads. The validation set is empty unless ``data.validation`` holds images out."""
 
-    train_loss: float
-    train_acc: float
-    test_loss: float
-    test_acc: float
+    train: Dataset
+    validation: Dataset
+    test: Dataset
 
 
-def load(split: data.Split, config: Params) -> Dataset:
-    """Read the training or the test images, normalised, onto the device that ``train.device`` names.
+def load(config: Params, raw: Path = data.RAW) -> Sets:
+    """Read all images, normalised, onto the device that ``train.device`` names.
+
+    Args:
+        config: the last ``data.validation`` of the 60,000 training images become the validation set.
+        raw: the folder with MNIST's files.
 
     Raises:
         UserError: a file is missing or damaged, or there is no such device.
     """
-    if config.train.device == "cuda" and not torch.cuda.is_available():
+    train, test = (
+        _load(split, raw, config.data.mean, config.data.std, config.train.device) for split in ("train", "t10k")
+    )
+    kept = len(train.labels) - config.data.validation
+    return Sets(
+        train=Dataset(train.images[:kept], train.labels[:kept]),
+        validation=Dataset(train.images[kept:], train.labels[kept:]),
+        test=test,
+    )
+
+
+@lru_cache(maxsize=2)  # a worker of the study trains again and again
+def _load(split: data.Split, raw: Path, mean: float, std: float, device: str) -> Dataset:
+    if device == "cuda" and not torch.cuda.is_available():
         raise UserError("params.yaml: train.device is 'cuda', but PyTorch finds no usable GPU here; set it to cpu")
-    images, labels = (torch.from_numpy(array).to(config.train.device) for array in data.load(split))
-    return Dataset(net.normalise(images, config.data.mean, config.data.std), labels.long())
+    images, labels = (torch.from_numpy(array).to(device) for array in data.load(split, raw))
+    return Dataset(net.normalise(images, mean, std), labels.long())
 
 
-def train(model: nn.Module, train_set: Dataset, test_set: Dataset, config: Params) -> Iterator[Epoch]:
-    """Train the model in place, and yield the figures of each epoch.
+def new_model(config: Params) -> nn.Module:
+    """Build the net that ``model.hidden`` describes, with the initial weights of ``train.seed``."""
+    torch.manual_seed(config.train.seed)
+    return net.mlp(config.model.hidden).to(config.train.device)
+
+
+def train(model: nn.Module, sets: Sets, config: Params) -> Iterator[dict[str, float]]:
+    """Train the model in place, and yield the figures of each epoch: means over its batches, accuracies as fractions.
 
     Args:
         model: any classifier of (N, 784) images, on the device of the data.
-        train_set: reshuffled each epoch, by a generator of its own: nothing else that draws numbers moves it.
-        test_set: read in order after each epoch.
+        sets: the training set is reshuffled each epoch, by a generator of its own: nothing else that draws numbers
+            moves it. The others are read in order after each epoch.
         config: for the recipe: ``train.*`` and ``evaluate.batch_size``.
 
+    Yields:
+        ``train_loss``, ``train_acc``, ``test_loss``, ``test_acc``, and with a validation set ``val_loss``, ``val_acc``.
+
     Raises:
-        UserError: the training has diverged.
+        DivergedError: a loss is above ``DIVERGED`` or NaN.
     """
     torch.use_deterministic_algorithms(config.train.device == "cuda")
     optimizer = torch.optim.SGD(
@@ -63,13 +94,19 @@ def train(model: nn.Module, train_set: Dataset, test_set: Dataset, config: Param
     )
     shuffle = torch.Generator().manual_seed(config.train.seed)
     for epoch in range(config.train.epochs):
-        order = torch.randperm(len(train_set.images), generator=shuffle)
+        order = torch.randperm(len(sets.train.images), generator=shuffle)
+        figures: dict[str, float] = {}
         try:
-            train_loss, train_acc = train_epoch(model, optimizer, train_set, order, config.train.batch_size)
-            test_loss, test_acc = test_epoch(model, test_set, config.evaluate.batch_size)
+            loss, accuracy = train_epoch(model, optimizer, sets.train, order, config.train.batch_size)
+            figures |= {"train_loss": loss, "train_acc": accuracy}
+            loss, accuracy = test_epoch(model, sets.test, config.evaluate.batch_size)
+            figures |= {"test_loss": loss, "test_acc": accuracy}
+            if config.data.validation:
+                loss, accuracy = test_epoch(model, sets.validation, config.evaluate.batch_size)
+                figures |= {"val_loss": loss, "val_acc": accuracy}
         except FloatingPointError as error:
-            raise UserError(f"diverged in epoch {epoch}: {error}; try a train.lr below {config.train.lr}") from None
-        yield Epoch(train_loss, train_acc, test_loss, test_acc)
+            raise DivergedError(f"diverged in epoch {epoch}: {error}; try a train.lr below {config.train.lr}") from None
+        yield figures
 
 
 def train_epoch(
@@ -136,6 +173,30 @@ def batch_means(scores: Tensor, labels: Tensor, batch_size: int) -> tuple[float,
     losses = [_checked(functional.cross_entropy(batch, label)) for batch, label in batches]
     accuracies = [_accuracy(batch, label) for batch, label in batches]
     return sum(losses) / len(batches), sum(accuracies) / len(batches)
+
+
+def evaluate(model: nn.Module, sets: Sets, config: Params) -> tuple[Tensor, dict[str, float]]:
+    """Score a trained model.
+
+    Returns:
+        The scores of the test images, (N, 10), and the metrics: ``accuracy``, exact, ``batch_mean_accuracy``, as the
+        tutorial counts, and ``loss``, all of the test set; and with a validation set ``validation_accuracy``.
+    """
+    scores = score(model, sets.test.images, config.evaluate.batch_size)
+    metrics = {
+        "accuracy": _accuracy(scores, sets.test.labels),
+        "batch_mean_accuracy": batch_means(scores, sets.test.labels, config.evaluate.batch_size)[1],
+        "loss": functional.cross_entropy(scores.double(), sets.test.labels).item(),
+    }
+    if config.data.validation:
+        held_out = score(model, sets.validation.images, config.evaluate.batch_size)
+        metrics["validation_accuracy"] = _accuracy(held_out, sets.validation.labels)
+    return scores, metrics
+
+
+def rounded(figures: Mapping[str, float]) -> dict[str, str]:
+    """Round figures to the six decimals that the files of results have."""
+    return {name: f"{value:.6f}" for name, value in figures.items()}
 
 
 def _accuracy(scores: Tensor, labels: Tensor) -> float:

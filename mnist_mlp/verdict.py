@@ -8,17 +8,14 @@ import argparse
 import csv
 import importlib.metadata
 import json
-import os
 import platform
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
-from mnist_mlp import HAS_AVX2, METRICS, PLOTS, PUBLISHED, lineage, params, run_command
+from mnist_mlp import HAS_AVX2, METRICS, PLOTS, PUBLISHED, UserError, lineage, params, run_command
 from mnist_mlp.params import Params
-
-TRAINING_RUNS = "#/experiments/1?workflowType=machine_learning"  # MLflow's own start page is for language models
 
 
 def main() -> None:
@@ -29,6 +26,8 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="exit with 1 if bytes differ that should be the same")
     check = parser.parse_args().check
     config = params.load()
+    if not METRICS.exists():
+        raise UserError(f"{METRICS} is missing; `dvc repro` makes it")
     metrics = json.loads(METRICS.read_text())
     with PUBLISHED.open() as file:
         published = float(list(csv.DictReader(file))[-1]["test_acc"])
@@ -37,7 +36,6 @@ def main() -> None:
 test accuracy   {metrics["accuracy"]:.2%} of 10,000 images (target {reached})
 mean of batches {metrics["batch_mean_accuracy"]:.4%}, published {published:.4%}
 plots           {PLOTS}
-every figure    {_where_to_look()}
 """)
     lines, expected = compare(config)
     print(*lines, sep="\n")
@@ -69,7 +67,7 @@ def compare(config: Params) -> tuple[list[str], bool]:
     lines = [
         f"different: {len(different) + len(missing)} of {len(committed)} files are not the committed ones: {named}"
     ]
-    edits = _edits(config, lineage.parameters(stages))
+    edits = _edits(config, stages)
     if edits:
         return [*lines, *(f"likely reason: {edit}" for edit in edits)], False
     reason = _other_arithmetic(config)
@@ -78,17 +76,28 @@ def compare(config: Params) -> tuple[list[str], bool]:
     return [*lines, f"likely reason: {_other_versions()}", *_distance()], False
 
 
-def _edits(config: Params, before: dict[str, Any]) -> list[str]:
-    """List the parameters and code files that are not the committed ones."""
-    after = config.flat()
+def _edits(config: Params, recorded: dict[str, Any]) -> list[str]:
+    """List the parameters and code files that are not those of the committed ``dvc.lock``."""
+    after, before = config.flat(), lineage.parameters(recorded)
     edits = [
-        f"{name} is {after.get(name)}, committed {before[name]}" for name in before if after.get(name) != before[name]
+        f"{name} is {after.get(name)}, in dvc.lock {before[name]}" for name in before if after.get(name) != before[name]
     ]
     patch = lineage.patch()
     if patch is None:
         return [*edits, "Git cannot tell which code files are edited"]
-    files = re.findall(r"^diff --git a/.* b/(.*)$", patch.decode(errors="replace"), re.MULTILINE)
-    return [*edits, *(f"{file} is edited" for file in files)]
+    edited = re.findall(r"^diff --git a/.* b/(.*)$", patch.decode(errors="replace"), re.MULTILINE)
+    made = lineage.outputs(recorded)
+    used = {dep["path"]: dep["md5"] for stage in recorded.values() for dep in stage.get("deps", [])}
+    stale = [
+        path
+        for path, md5 in used.items()
+        if path not in (*edited, *made) and Path(path).is_file() and lineage.file_md5(path) != md5
+    ]
+    return [
+        *edits,
+        *(f"{file} is edited" for file in edited),
+        *(f"{file} is committed, but dvc.lock is of an older one; commit dvc.lock and results" for file in stale),
+    ]
 
 
 def _other_arithmetic(config: Params) -> str | None:
@@ -122,13 +131,6 @@ def _distance() -> list[str]:
 def _committed(path: Path) -> bytes | None:
     found = lineage.git("show", f"HEAD:{path}")
     return None if found.returncode else found.stdout
-
-
-def _where_to_look() -> str:
-    server = os.environ.get("MLFLOW_TRACKING_URI", "")
-    if server.startswith("http"):
-        return f"{re.sub(r'//[^/@]*@', '//', server).rstrip('/')}/{TRAINING_RUNS}"
-    return f"source .venv/bin/activate && mlflow ui, then open\n                http://127.0.0.1:5000/{TRAINING_RUNS}"
 
 
 if __name__ == "__main__":

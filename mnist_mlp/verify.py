@@ -34,7 +34,7 @@ import mlflow
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
-from mnist_mlp import HISTORY, METRICS, MODEL, UserError, data, lineage, run_command, store, tracking
+from mnist_mlp import HISTORY, METRICS, MODEL, UserError, data, lineage, registry, run_command, store, tracking
 
 ENVIRONMENT = ("python", "torch", "mlflow", "dvc", "cpu", "threads")
 NEEDED = ("git.commit", "git.patch.md5", "data.digest", "model.md5", "dvc.lock.md5")
@@ -61,7 +61,9 @@ def main() -> None:
     try:
         proof = verify_commit(model) if _is_revision(model) else verify_run(model)
     except Exception as error:  # status 1 means 'different', so whatever prevents an answer must end with 2
-        text = " ".join(str(error).split()) or type(error).__name__
+        text = " ".join(str(error).split())
+        if not isinstance(error, UserError | MlflowException | OSError):
+            text = f"{type(error).__name__}: {text}"
         parser.exit(2, f"verify: {store.first_line(text)}\n")
     if proof.difference:
         print(f"different: {proof.origin}", *proof.difference, sep="\n")
@@ -73,12 +75,23 @@ def verify_commit(revision: str) -> Proof:
     """Run the pipeline of a commit again, and compare every file with the commit's ``dvc.lock``."""
     commit = _git("rev-parse", "--verify", f"{revision}^{{commit}}")
     recorded = lineage.outputs(_stages(_git("show", f"{commit}:dvc.lock"), f"commit {commit[:10]}"))
+    if forged := _forged(commit, recorded):
+        return Proof(f"commit {commit[:10]}", forged)
     print(f"running commit {commit[:10]} again", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         clone = _clone(commit, Path(folder))
         _run_again(clone)
         obtained = {path: md5 for path, md5 in _outputs(clone).items() if path in recorded}
     return Proof(f"commit {commit[:10]}", _first_difference(recorded, obtained, "in dvc.lock"))
+
+
+def _forged(commit: str, recorded: Values) -> list[str]:
+    """Compare the results that are in Git with the commit's ``dvc.lock``: people read the former."""
+    for path, md5 in recorded.items():
+        content = lineage.git("show", f"{commit}:{path}")
+        if content.returncode == 0 and lineage.md5(content.stdout) != md5:
+            return [f"{path} is {lineage.md5(content.stdout)} in Git, {md5} in dvc.lock"]
+    return []
 
 
 def verify_run(model: str) -> Proof:
@@ -127,14 +140,14 @@ def _is_revision(model: str) -> bool:
     if model.startswith("models:/") or re.fullmatch(r"[0-9a-f]{32}", model):
         return False
     if lineage.git("rev-parse", "--verify", "--quiet", f"{model}^{{commit}}").returncode:
-        raise UserError(f"{model} is not known here; accepted are {FORMS}")
+        raise UserError(f"{model!r} is not known here; accepted are {FORMS}")
     return True
 
 
 def _find(model: str) -> Run:
     client = mlflow.MlflowClient()
     if not model.startswith("models:/"):
-        return client.get_run(model)
+        return _run(model)
     parts = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))", model)
     if not parts:
         raise UserError(f"{model} is not the name of a model; accepted are {FORMS}")
@@ -143,9 +156,17 @@ def _find(model: str) -> Run:
         found = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, version)
     except MlflowException as error:
         raise UserError(f"{store.first_line(error)}; `make track` registers what the results reach") from None
-    if not found.run_id:
+    identity = found.tags.get(registry.RUN) or found.run_id
+    if not identity:
         raise UserError(f"{model} was registered without a run, which would say where it comes from")
-    return client.get_run(found.run_id)
+    return _run(identity)
+
+
+def _run(identity: str) -> Run:
+    try:
+        return mlflow.get_run(identity)
+    except MlflowException as error:
+        raise UserError(f"{store.first_line(error)}; `make track` makes a run of the present results") from None
 
 
 def _check(run: Run) -> None:
@@ -166,9 +187,14 @@ def _check(run: Run) -> None:
 
 def _recorded_values(run: Run, folder: Path) -> Values:
     client, identity = mlflow.MlflowClient(), run.info.run_id
-    lock = Path(client.download_artifacts(identity, "dvc.lock", str(folder)))
+    try:
+        lock = Path(client.download_artifacts(identity, "dvc.lock", str(folder)))
+    except (MlflowException, OSError):
+        raise UserError(
+            f"the files of run {identity} are lost; `make track` makes a run of the present results"
+        ) from None
     history: list[dict[str, str]] = []
-    names = _columns()
+    names = sorted(name for name in run.data.metrics if name.endswith(("_loss", "_acc")))
     points = {name: {point.step: point.value for point in client.get_metric_history(identity, name)} for name in names}
     for epoch in sorted(points[names[0]]):
         history.append({"epoch": str(epoch)} | {name: f"{points[name][epoch]:.6f}" for name in names})
@@ -194,11 +220,6 @@ def _obtained_values(clone: Path) -> tuple[Values, Run]:
             **_model_hashes(_model_uri(again)),
         }
     return values, again
-
-
-def _columns() -> list[str]:
-    with HISTORY.open() as file:
-        return next(csv.reader(file))[1:]
 
 
 def _epochs(history: list[dict[str, str]]) -> Values:

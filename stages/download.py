@@ -46,8 +46,8 @@ def main() -> None:
 def _tidy() -> None:
     """Remove what a killed download left, and accept no other file: DVC would take it for a part of the data set."""
     RAW.mkdir(parents=True, exist_ok=True)
-    for name in SHA256:
-        (RAW / f"{name}.part").unlink(missing_ok=True)
+    for part in RAW.glob("*.part"):
+        part.unlink(missing_ok=True)
     strays = sorted(path.name for path in RAW.iterdir() if path.name not in SHA256 and path.suffix != ".part")
     if strays:
         more = f" and {len(strays) - 3} more" if len(strays) > 3 else ""

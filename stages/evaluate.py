@@ -3,7 +3,6 @@
 import json
 
 import torch
-from torch.nn import functional
 
 from mnist_mlp import METRICS, MODEL, PREDICTIONS, net, params, run_command, training, write
 
@@ -13,17 +12,13 @@ def main() -> None:
     config = params.load()
     model = net.mlp(config.model.hidden)
     net.load_weights(model, MODEL.read_bytes(), str(MODEL))
-    images, labels = training.load("t10k", config)
+    sets = training.load(config)
+    labels = sets.test.labels
 
-    scores = training.score(model.to(images.device), images, config.evaluate.batch_size)
-    probabilities, predicted = scores.softmax(1).max(1)
+    scores, metrics = training.evaluate(model.to(labels.device), sets, config)
+    predicted, probabilities = scores.argmax(1), scores.softmax(1).amax(1)
     confusion = torch.bincount(labels * 10 + predicted, minlength=100).reshape(10, 10)  # row: actual, column: predicted
     right = confusion.diagonal()
-    metrics = {
-        "accuracy": right.sum().item() / len(labels),
-        "batch_mean_accuracy": training.batch_means(scores, labels, config.evaluate.batch_size)[1],
-        "loss": functional.cross_entropy(scores.double(), labels).item(),
-    }
     # Lists, which DVC leaves out of its tables. A digit that is never predicted has precision 0.
     per_digit = {
         "precision": (right / confusion.sum(0).clamp(min=1)).tolist(),

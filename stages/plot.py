@@ -1,41 +1,30 @@
 """Draw the tutorial's four plots, ours beside the published ones, the confusion matrix and the worst mistakes."""
 
-import io
-
-import matplotlib as mpl
-
-mpl.use("agg")  # no screen needed
-
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from mnist_mlp import HISTORY, PLOTS, PREDICTIONS, PUBLISHED, data, params, run_command, write
-
-STYLE = {"font.size": 13, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}
+from mnist_mlp import HISTORY, PLOTS, PREDICTIONS, PUBLISHED, data, figures, params, run_command
 
 
 def main() -> None:
     """Draw six plots."""
     config = params.load()
-    plt.style.use(["default", STYLE])  # by name: a user's own matplotlibrc would change the bytes
     ours, published = (np.genfromtxt(path, delimiter=",", names=True) for path in (HISTORY, PUBLISHED))
     predictions = np.genfromtxt(PREDICTIONS, delimiter=",", names=True)
     images, _ = data.load("t10k")
 
     names = ("train_loss", "train_acc", "test_loss", "test_acc")
-    figures = {name: curves(name, np.atleast_1d(ours), published) for name in names}
-    figures["confusion_matrix"] = confusion_matrix(
+    plots = {name: curves(name, np.atleast_1d(ours), published) for name in names}
+    plots["confusion_matrix"] = confusion_matrix(
         predictions["actual"].astype(int), predictions["predicted"].astype(int)
     )
-    figures["wrong_digits"] = wrong_digits(images, predictions, config.plot.wrong_digits)
-    for name, figure in figures.items():
-        png = io.BytesIO()
-        figure.savefig(png, format="png", dpi=config.plot.dpi, metadata={"Software": None})
-        write(PLOTS / f"{name}.png", png.getvalue())
-    print(f"{len(figures)} plots in {PLOTS}")
+    plots["wrong_digits"] = wrong_digits(images, predictions, config.plot.wrong_digits)
+    for name, figure in plots.items():
+        figures.save(figure, PLOTS / f"{name}.png", config.plot.dpi)
+    print(f"{len(plots)} plots in {PLOTS}")
 
 
 def curves(name: str, ours: NDArray[np.void], published: NDArray[np.void]) -> Figure:
@@ -43,6 +32,9 @@ def curves(name: str, ours: NDArray[np.void], published: NDArray[np.void]) -> Fi
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     axes.plot(published["epoch"], published[name], "o-", color="tab:gray", markersize=4, label="published")
     axes.plot(ours["epoch"], ours[name], "o-", color="tab:blue", markersize=4, linewidth=2, label="ours")
+    held_out = name.replace("test", "val")
+    if held_out != name and held_out in (ours.dtype.names or ()):
+        axes.plot(ours["epoch"], ours[held_out], "o:", color="tab:orange", markersize=4, label="ours, validation")
     axes.set(title=name.replace("_", " "), xlabel="epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False)

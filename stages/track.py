@@ -6,7 +6,7 @@ it fills in from ``results/`` whatever is missing. Where nothing is missing it c
 
 from pathlib import Path
 
-from mnist_mlp import params, registry, run_command, tracking, write
+from mnist_mlp import params, registry, run_command, store, tracking, write
 
 TRACKED = Path("results/tracked")  # for DVC: which results this repository's MLflow store has
 
@@ -16,6 +16,7 @@ def main() -> None:
     config = params.load()
     run, added = tracking.track(config)
     print(f"MLflow: run {run.info.run_name} {'is now' if added else 'was'} complete; {registry.register(run, config)}")
+    print(f"        {store.page()}")
     write(TRACKED, run.data.tags["dvc.lock.md5"] + "\n")
 
 

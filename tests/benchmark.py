@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mnist_mlp import data, net, params, tracking, training
+from mnist_mlp import cpu, data, net, params, training
 from tests import project, textbook
 
 ROUNDS = 7
@@ -29,7 +29,7 @@ ROOT = Path("data")
 
 def main() -> None:
     config = params.load()
-    train_set, test_set = training.load("train", config), training.load("t10k", config)
+    train_set, _, test_set = training.load(config)
     torch.manual_seed(42)
     order = torch.randperm(len(train_set.images))
 
@@ -66,9 +66,7 @@ def main() -> None:
                 seconds[name].append(time.perf_counter() - start)
 
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    print(
-        f"{tracking.cpu()}, {torch.get_num_threads()} threads, torch {torch.__version__}, median of {ROUNDS} epochs\n"
-    )
+    print(f"{cpu()}, {torch.get_num_threads()} threads, torch {torch.__version__}, median of {ROUNDS} epochs\n")
     print("| one epoch | seconds | min to max | faster than the textbook |\n| --- | ---: | ---: | ---: |")
     for name, median in medians.items():
         spread = f"{min(seconds[name]):.2f} to {max(seconds[name]):.2f}"

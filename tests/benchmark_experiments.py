@@ -1,10 +1,9 @@
 """Time four whole pipelines, as DVC experiments one after the other and as four at once, each with another seed.
 
-``python -m tests.benchmark_experiments`` takes eight minutes. Its eight seeds show what an accuracy owes to chance.
+``python -m tests.benchmark_experiments`` takes eight minutes.
 """
 
 import os
-import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -28,14 +27,9 @@ def main() -> None:
         start = time.perf_counter()
         project.run(folder, "dvc", "exp", "run", "--run-all", "--jobs", "4", env=env)
         at_once = time.perf_counter() - start
-        accuracies = [run.data.metrics["accuracy"] for run in project.runs(folder)]
-        assert len(accuracies) == 8
+        assert len(project.runs(folder)) == 8
 
     print(f"four experiments on {os.cpu_count()} cores: {in_turn:.0f} s in turn, {at_once:.0f} s at once")
-    print(
-        f"test accuracy with seeds 1 to 8: {statistics.mean(accuracies):.2%}, "
-        f"from {min(accuracies):.2%} to {max(accuracies):.2%}"
-    )
 
 
 if __name__ == "__main__":

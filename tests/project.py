@@ -22,7 +22,7 @@ def make(folder: Path, mnist: Path, small: bool = True) -> Path:
     """Commit this working tree's files and no results as a repository of its own, with a small net unless told."""
     listed = run(REPOSITORY, "git", "ls-files", "--cached", "--others", "--exclude-standard").stdout.split()
     for name in listed:
-        if not name.startswith(("results/", "dvc.lock")):
+        if not name.startswith("results/") and not name.endswith("dvc.lock"):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(REPOSITORY / name, folder / name)
     (folder / "data/MNIST/raw").mkdir(parents=True)

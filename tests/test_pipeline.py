@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import yaml
 
-from mnist_mlp import data, training
+from mnist_mlp import data, study
 from tests import project
 
 DIVERGING: dict[str, object] = {"train.lr": 10.0}
@@ -29,7 +29,7 @@ def repository(finished: Path, tmp_path: Path) -> Path:
 
 def test_one_pipeline_run_is_one_mlflow_run_with_all_that_leads_back_to_its_origin(finished: Path) -> None:
     (run,) = project.runs(finished)
-    assert sorted(run.data.metrics) == ["accuracy", "system/epoch_seconds", *sorted(training.Epoch._fields)]
+    assert sorted(run.data.metrics) == ["accuracy", "system/epoch_seconds", *sorted(study.FIGURES)]
     lock = yaml.safe_load((finished / "dvc.lock").read_text())["stages"]
     history = np.genfromtxt(finished / "results/history.csv", delimiter=",", names=True)
     metrics = json.loads((finished / "results/metrics.json").read_text())

@@ -8,7 +8,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from scipy import ndimage  # type: ignore[import-untyped]
+from scipy import ndimage
 
 from mnist_mlp import UserError, data, net, params, predict, training
 
@@ -23,20 +23,10 @@ class Digits:
 
     def __init__(self, mnist: Path) -> None:
         config = params.load()
-        config = config.model_copy(
-            update={"train": config.train.model_copy(update={"epochs": 4, "seed": 42, "device": "cpu"})}
-        )
-        train_set, test_set = (
-            training.Dataset(
-                net.normalise(torch.from_numpy(images), config.data.mean, config.data.std),
-                torch.from_numpy(labels).long(),
-            )
-            for images, labels in (data.load("train", mnist), data.load("t10k", mnist))
-        )
-        torch.manual_seed(config.train.seed)
-        model = net.mlp(config.model.hidden)
-        *_, last = training.train(model, train_set, test_set, config)
-        assert last.test_acc > 0.96
+        config = config.replaced({"train.epochs": 4, "train.seed": 42, "train.device": "cpu"})
+        model = training.new_model(config)
+        *_, last = training.train(model, training.load(config, mnist), config)
+        assert last["test_acc"] > 0.96
         self.classifier = net.ImageClassifier(model.eval(), config.data.mean, config.data.std)
         self.images, self.labels = data.load("t10k", mnist)
 

@@ -112,7 +112,9 @@ def test_a_git_that_fails_counts_as_unknown(repository: Path, tmp_path: Path) ->
 def test_an_exception_ends_the_run_as_failed(repository: Path) -> None:
     training = repository / "mnist_mlp/training.py"
     training.write_text(
-        training.read_text().replace("        yield Epoch(", '        assert not epoch, "a bug"\n        yield Epoch(')
+        training.read_text().replace(
+            "        yield figures", '        assert not epoch, "a bug"\n        yield figures'
+        )
     )
     done = project.run(repository, "dvc", "repro", check=False)
     assert "AssertionError: a bug" in done.stderr

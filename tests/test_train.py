@@ -24,6 +24,10 @@ def first(dataset: training.Dataset, count: int) -> training.Dataset:
     return training.Dataset(*(tensor[:count] for tensor in dataset))
 
 
+def sets(train_set: training.Dataset, test_set: training.Dataset) -> training.Sets:
+    return training.Sets(train_set, first(train_set, 0), test_set)
+
+
 def recipe(**train: object) -> params.Params:
     config = params.load()
     return config.model_copy(update={"train": config.train.model_copy(update=train)})
@@ -96,9 +100,9 @@ def test_any_other_layers_train_by_the_same_loop(train_set: training.Dataset) ->
     hidden = [layer for n_in, n_out in widths for layer in (net.Linear(n_in, n_out), nn.LayerNorm(n_out), nn.Tanh())]
     model = nn.Sequential(*hidden, nn.Dropout(0.1), net.Linear(32, 10, bias=False))
     small = first(train_set, 6_400)
-    epochs = list(training.train(model, small, small, recipe(epochs=2)))
-    assert epochs[0].train_acc < epochs[1].train_acc
-    assert epochs[1].test_acc > 0.7
+    epochs = list(training.train(model, sets(small, small), recipe(epochs=2)))
+    assert epochs[0]["train_acc"] < epochs[1]["train_acc"]
+    assert epochs[1]["test_acc"] > 0.7
 
 
 def test_the_layer_takes_and_differentiates_whatever_nn_linear_does() -> None:
@@ -152,7 +156,7 @@ def test_any_number_of_threads_gives_the_same_bytes(
         for number in (1, 2, 3, 8):
             torch.set_num_threads(number)
             model = mlp(hidden)
-            epochs = list(training.train(model, train, test, recipe(epochs=1, batch_size=batch_size)))
+            epochs = list(training.train(model, sets(train, test), recipe(epochs=1, batch_size=batch_size)))
             digests.add(hashlib.sha256(repr(epochs).encode() + weights(model)).hexdigest())
     finally:
         torch.set_num_threads(threads)
@@ -170,7 +174,7 @@ def test_any_number_of_threads_gives_the_same_bytes(
 def test_divergence_is_noticed(train_set: training.Dataset, settings: dict[str, object], where: str) -> None:
     small = first(train_set, 6_400)
     with pytest.raises(UserError, match=rf"diverged in epoch 0: the loss is .*try a train.lr below {settings['lr']}"):
-        list(training.train(mlp([32]), small, small, recipe(epochs=1, **settings)))
+        list(training.train(mlp([32]), sets(small, small), recipe(epochs=1, **settings)))
 
 
 def test_a_loss_that_is_not_a_number_counts_as_divergence() -> None:
