@@ -3,16 +3,17 @@
 PYTHON ?= python3
 MODEL ?= models:/mnist-mlp@champion
 PORT ?= 5001
+RUNS ?= 2
 BIN := .venv/bin
 export MLFLOW_DISABLE_TELEMETRY := true
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test verify serve track bench lock clone venv
+.PHONY: help setup repro study study-check test verify serve track bench lock clone venv
 .NOTPARALLEL:
 
 help:  ## list these commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 
 setup: .venv/installed  ## set up .venv from requirements.txt
 
@@ -22,13 +23,21 @@ repro: clone setup  ## run what is due of the pipeline, and say what came out
 	@$(BIN)/python -m stages.track
 	@$(BIN)/python -m mnist_mlp.verdict
 
+study: clone setup  ## train the recipe with many seeds, and describe what comes out
+	@$(BIN)/python -m mnist_mlp.params
+	@$(BIN)/dvc repro study/dvc.yaml
+	@$(BIN)/python -m mnist_mlp.study_tracking
+
+study-check: clone setup  ## train RUNS (2) of the study's runs again, drawn at random, and compare
+	@$(BIN)/python -m mnist_mlp.study_check --runs '$(RUNS)'
+
 test: clone setup  ## lint, check the types and run the tests
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy
 	@$(BIN)/python -m pytest
 
-verify: clone setup  ## run again what made MODEL (the champion, or models:/NAME/VERSION, or a run id), and compare
+verify: clone setup  ## run again what made MODEL (the champion, or models:/NAME/VERSION, a run id, a Git revision), and compare
 	@$(BIN)/python -m mnist_mlp.verify '$(MODEL)'
 
 serve: setup  ## answer on 127.0.0.1 from the champion, on PORT (5001)

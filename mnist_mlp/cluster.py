@@ -1,0 +1,253 @@
+"""Many trainings at once, by Dask: on the cores of this machine, or on the workers of ``DASK_SCHEDULER_ADDRESS``.
+
+One task is one run. Dask brings code and data to the workers, spreads the runs over them, and repeats the run of a
+worker that dies. A worker gets runs only if it computes the same bytes as this machine.
+"""
+
+import importlib.metadata
+import io
+import logging
+import platform
+import signal
+import sys
+import time
+import zipfile
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import dask
+import torch
+from dask.system import CPU_COUNT
+from distributed import (
+    CancelledError,
+    Client,
+    Future,
+    KilledWorker,
+    LocalCluster,
+    Worker,
+    WorkerPlugin,
+    get_worker,
+    wait,
+)
+from tqdm import tqdm
+
+import mnist_mlp
+from mnist_mlp import UserError, cpu, data, lineage, net, study, training
+from mnist_mlp.params import Params
+
+ADDRESS = "DASK_SCHEDULER_ADDRESS"
+WAIT = 15.0  # seconds for a scheduler to answer, and for a worker to be there
+GOES_ON = "the runs that have ended are kept"
+
+
+def train_run(config: Params, raw: Path = data.RAW) -> study.Run:
+    """Train and evaluate one net on one thread. It gives the bytes that stages ``train`` and ``evaluate`` give."""
+    torch.set_num_threads(1)
+    sets, model = training.load(config, raw), training.new_model(config)
+    history = []
+    try:
+        for figures in training.train(model, sets, config):
+            history.append(training.rounded(figures))
+    except training.DivergedError:
+        return study.Run({}, "", history)
+    metrics = training.rounded(training.evaluate(model, sets, config)[1])
+    return study.Run(metrics, lineage.md5(net.save_weights(model)), history)
+
+
+def fingerprint(config: Params, raw: Path = data.RAW) -> str:
+    """Train a few fixed steps and hash what comes out. Machines with the same fingerprint compute the same bytes."""
+    torch.set_num_threads(1)
+    dataset = training.load(config.replaced({"data.mean": 0.5, "data.std": 0.5}), raw).test
+    torch.manual_seed(0)
+    model = net.mlp([400, 200, 100]).to(config.train.device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    figures = training.train_epoch(model, optimizer, dataset, torch.arange(640), batch_size=64)
+    return lineage.md5(repr(figures).encode() + net.save_weights(model))
+
+
+def run_all(configs: Sequence[Params]) -> Iterator[tuple[int, study.Run]]:
+    """Train every run, on as many workers as there are.
+
+    Args:
+        configs: one for each run.
+
+    Yields:
+        The position in ``configs``, and the run, in the order in which the runs end.
+
+    Raises:
+        UserError: there is no scheduler, no fit worker, or a run that ends every worker which tries it.
+    """
+    expected = fingerprint(configs[0])
+    waiting = deque(range(len(configs)))
+    running: dict[Future[Any], int] = {}
+    checks: dict[Future[Any], str] = {}
+    known: set[str] = set()  # addresses of workers
+    fit: set[str] = set()
+    with _client(len(configs)) as client:
+        folder = _bring_project(client)
+        deadline = time.monotonic() + WAIT
+        while waiting or running:
+            threads = client.nthreads()  # of each worker that is there now, by address
+            for address in threads.keys() - known:
+                if threads[address] == 1:
+                    checks[_submit(client, "check_worker", folder, configs[0], [address])] = address
+                else:
+                    _leave_out(address, f"it has {threads[address]} threads, start it with --nthreads 1")
+            known |= threads.keys()
+            fit &= threads.keys()
+            checks = {check: address for check, address in checks.items() if address in threads}
+            if fit or checks:
+                deadline = time.monotonic() + WAIT
+            elif time.monotonic() > deadline:
+                there = "a worker that can take a run" if threads else "a worker"
+                raise UserError(f"{_where()} is without {there} for {WAIT:.0f} s; start one, and this again: {GOES_ON}")
+            if not fit:  # Dask gives a run to the workers that were fit when it was submitted, and all of them are gone
+                waiting.extendleft(running.values())
+                running.clear()
+            while waiting and len(running) < len(fit):
+                index = waiting.popleft()
+                running[_submit(client, "run_on_worker", folder, configs[index], list(fit))] = index
+
+            for future in _done([*running, *checks]):
+                if future in checks:
+                    address = checks.pop(future)
+                    if problem := _difference(future, expected):
+                        _leave_out(address, problem)
+                    else:
+                        fit.add(address)
+                else:
+                    yield running.pop(future), _result(future)
+
+
+@contextmanager
+def _client(runs: int) -> Iterator[Client]:
+    """Connect to the scheduler that the user names, or start one with a worker for each core.
+
+    Raises:
+        UserError: no scheduler answers, or it is lost later.
+    """
+    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what matters is said in one line
+    address = dask.config.get("scheduler-address", None)
+    try:
+        if address:
+            with Client(address, timeout=WAIT) as client:
+                yield client
+        else:
+            workers = {"n_workers": min(runs, CPU_COUNT), "threads_per_worker": 1, "silence_logs": logging.CRITICAL}
+            private = {"host": "127.0.0.1", "dashboard_address": None, "security": True}  # TLS
+            on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the workers inherit: Ctrl-C is ours
+            with LocalCluster(**workers, **private) as cluster, Client(cluster) as client:
+                signal.signal(signal.SIGINT, on_interrupt)
+                yield client
+    except (OSError, CancelledError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{_where()} does not answer ({reason}); start it, and this again: {GOES_ON}") from None
+
+
+def _where() -> str:
+    address = dask.config.get("scheduler-address", None)
+    return f"the scheduler at {ADDRESS}={address}" if address else "Dask on this machine"
+
+
+def _leave_out(address: str, problem: str) -> None:
+    tqdm.write(f"worker {address} is left out: {problem}", file=sys.stderr)
+
+
+def pack() -> bytes:
+    """Put the package and MNIST into a zip archive. The same files are the same bytes."""
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        for path in [*sorted(Path("mnist_mlp").glob("*.py")), *(data.RAW / name for name in data.SHA256)]:
+            archive.writestr(zipfile.ZipInfo(str(path)), path.read_bytes(), zipfile.ZIP_DEFLATED)
+    return content.getvalue()
+
+
+def _bring_project(client: Client) -> str:
+    """Put the package and MNIST, 12 MB, on every worker, those that join later included; give the folder's name there.
+
+    A worker has no clone to import from. Dask sends the code of what is defined inside a function.
+    """
+
+    class Project(WorkerPlugin):
+        name = "mnist-mlp"  # a newer one takes the place of an older one
+
+        def setup(self, worker: Worker) -> None:
+            folder = Path(worker.local_directory, digest)
+            zipfile.ZipFile(io.BytesIO(archive)).extractall(folder)
+            sys.path.insert(0, str(folder))
+            for module in [name for name in sys.modules if name.partition(".")[0] == "mnist_mlp"]:
+                del sys.modules[module]  # of an earlier study
+
+    archive = pack()
+    digest = lineage.md5(archive)
+    client.register_plugin(Project())
+    return digest
+
+
+def _submit(client: Client, task: str, folder: str, config: Params, workers: list[str]) -> Future[Any]:
+    """Ask one of the workers for ``check_worker`` or ``run_on_worker``."""
+
+    def on_worker(content: dict[str, Any]) -> Any:
+        from mnist_mlp import cluster  # the worker's own
+
+        return getattr(cluster, task)(folder, content)
+
+    content = config.model_dump(by_alias=True)
+    return client.submit(on_worker, content, workers=workers, allow_other_workers=False, pure=False)
+
+
+def _done(futures: list[Future[Any]]) -> list[Future[Any]]:
+    """Wait until one ends, but not for long: workers come and go."""
+    if not futures:
+        time.sleep(0.1)
+        return []
+    try:
+        return list(wait(futures, timeout=1, return_when="FIRST_COMPLETED").done)
+    except TimeoutError:
+        return []
+
+
+def _result(future: Future[Any]) -> study.Run:
+    try:
+        return study.Run(*future.result())
+    except KilledWorker as error:
+        raise UserError(f"a run has ended {error.allowed_failures + 1} workers, perhaps by too little memory") from None
+
+
+def _difference(check: Future[Any], expected: str) -> str | None:
+    """Say why a worker must not get runs; None if it may."""
+    try:
+        found = check.result()
+    except Exception as error:  # whatever keeps it from training
+        return f"{type(error).__name__}: {error}"
+    if found.pop("fingerprint") == expected:
+        return None
+    here = _machine()
+    other = [f"{name} {value}, here {here[name]}" for name, value in found.items() if value != here[name]]
+    return f"it computes other bytes ({'; '.join(other) or 'versions and processor are the same'})"
+
+
+def check_worker(folder: str, content: dict[str, Any]) -> dict[str, str]:
+    """On a worker: train a few steps, and say what computes here."""
+    return {"fingerprint": fingerprint(Params.model_validate(content), _raw(folder))} | _machine()
+
+
+def run_on_worker(folder: str, content: dict[str, Any]) -> tuple[Any, ...]:
+    """On a worker: train one run."""
+    return tuple(train_run(Params.model_validate(content), _raw(folder)))
+
+
+def _raw(folder: str) -> Path:
+    """Find MNIST on the worker, and make sure that its code is this study's."""
+    here = Path(get_worker().local_directory, folder)
+    if Path(mnist_mlp.__file__).parents[1] != here:
+        raise UserError(f"another study has brought its code to worker {get_worker().address}; wait for its end")
+    return here / data.RAW
+
+
+def _machine() -> dict[str, str]:
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy")}
+    return versions | {"Python": platform.python_version(), "processor": cpu()}

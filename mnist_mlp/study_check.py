@@ -1,0 +1,77 @@
+"""The proof of the study: train some of its runs again, drawn at random, and compare the model and every figure.
+
+Exit status: 0 for identical, 1 for different, 2 where there is no answer, and why.
+"""
+
+import argparse
+import random
+import sys
+
+from mnist_mlp import UserError, cluster, params, run_command, study
+from mnist_mlp.params import Params
+
+
+def main() -> None:
+    """Check some runs, and say what came of it."""
+    parser = argparse.ArgumentParser(prog="python -m mnist_mlp.study_check", description="Train again, and compare.")
+    parser.add_argument("--runs", type=int, default=2, help="how many runs to draw (2)")
+    count = parser.parse_args().runs
+    try:
+        config = params.load()
+        drawn = draw(config, count)
+        differences = check(config, drawn)
+    except (UserError, OSError) as error:
+        parser.exit(2, f"study_check: {error}\n")
+    if differences:
+        print(*differences, sep="\n")
+        sys.exit(1)
+    print(f"identical: {', '.join(name(row) for row, _ in drawn)}, every figure and the model's MD5")
+
+
+def draw(config: Params, count: int) -> list[tuple[study.Row, study.Run]]:
+    """Draw runs from the tables.
+
+    Raises:
+        UserError: there are not so many runs, or they were made with other parameters.
+    """
+    try:
+        study.check_parameters(config)
+        runs = study.read(study.RUNS.read_text(), study.HISTORY.read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"{error.filename} is missing; `git checkout {error.filename}` or `make study`") from None
+    if not 1 <= count <= len(runs):
+        raise UserError(f"--runs is {count}: the study has {len(runs)} runs")
+    return random.sample(runs, count)
+
+
+def check(config: Params, drawn: list[tuple[study.Row, study.Run]]) -> list[str]:
+    """Train the runs again; give a line for each that comes out different, on its first difference."""
+    differences = {}
+    for index, again in cluster.run_all([study.config_of(row, config) for row, _ in drawn]):
+        row, run = drawn[index]
+        if again != run:
+            differences[index] = f"different: {name(row)}: {first_difference(run, again)}"
+    return [differences[index] for index in sorted(differences)]
+
+
+def first_difference(recorded: study.Run, again: study.Run) -> str:
+    """Name the first figure that differs; the epochs come before what the trained model gives."""
+    theirs, ours = _figures(recorded), _figures(again)
+    key = next(key for key in theirs | ours if theirs.get(key) != ours.get(key))
+    return f"{key} is {theirs.get(key, 'missing')} in the table, {ours.get(key, 'missing')} here"
+
+
+def _figures(run: study.Run) -> study.Row:
+    epochs = {
+        f"epoch {epoch}: {figure}": value for epoch, row in enumerate(run.history) for figure, value in row.items()
+    }
+    return epochs | run.metrics | {"the model's MD5": run.model_md5 or "none"}
+
+
+def name(row: study.Row) -> str:
+    """Name a run by its varied parameters and its seed."""
+    return " ".join(f"{key} {value}" for key, value in row.items())
+
+
+if __name__ == "__main__":
+    run_command(main)

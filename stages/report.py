@@ -1,0 +1,202 @@
+"""Describe the study's runs: where the tutorial's figures lie among them, and how settings differ. Track all in MLflow.
+
+Figures leave out the runs that diverged, unless they say otherwise.
+"""
+
+import json
+import math
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from scipy import stats
+
+from mnist_mlp import PUBLISHED, figures, params, run_command, study, study_tracking, write
+
+SETTING = "setting"  # a column that joins the varied parameters
+ONLY = "the recipe"  # its value where nothing varies
+ACCURACIES = ["accuracy", "validation_accuracy"]
+BANDS = {0.9: 0.2, 0.5: 0.4}  # the share of the runs that a band holds, and its opacity
+
+
+def main() -> None:
+    """Write summary and plots, and track all."""
+    config = params.load()
+    runs, history = read(study.RUNS), read(study.HISTORY)
+    published = pd.read_csv(PUBLISHED)
+    target = config.evaluate.target_accuracy
+
+    summary: dict[str, Any] = {
+        "settings": [describe(runs, history, published, name, target) for name in runs[SETTING].unique()]
+    }
+    if len(summary["settings"]) > 1:
+        summary["comparison"] = compare(runs)
+    write(study.SUMMARY, json.dumps(summary, indent=2) + "\n")
+
+    for name in study.FIGURES:
+        figures.save(curves(history, published, name), study.PLOTS / f"{name}.png", config.plot.dpi)
+    figures.save(dots(runs, published, target), study.PLOTS / "accuracy.png", config.plot.dpi)
+
+    print(f"{study.SUMMARY} and {len(study.FIGURES) + 1} plots; MLflow: {study_tracking.track(config)}")
+
+
+def read(path: Any) -> pd.DataFrame:
+    """Read a table of the study, and add the column ``SETTING``."""
+    names = pd.read_csv(path, nrows=0).columns
+    varied = [name for name in names if "." in name]
+    table = pd.read_csv(path, dtype=dict.fromkeys(varied, str))
+    columns = (name + " " + table[name] for name in varied)
+    table[SETTING] = pd.Series(map(", ".join, zip(*columns, strict=True))) if varied else ONLY
+    return table
+
+
+def describe(
+    runs: pd.DataFrame, history: pd.DataFrame, published: pd.DataFrame, setting: str, target: float
+) -> dict[str, Any]:
+    """Describe the runs of one setting.
+
+    Args:
+        runs: runs.csv.
+        history: history.csv.
+        published: the tutorial's history.
+        setting: which runs.
+        target: the accuracy to reach. A run that diverged has missed it.
+
+    Returns:
+        What summary.json holds of a setting. Intervals are of 95 % confidence: of a mean by Student's t, of a share by
+        Wilson's formula. A percentile is the share of the runs below the published figure, in percent.
+    """
+    of_setting = runs[runs[SETTING] == setting]
+    reached = int((of_setting["accuracy"] >= target).sum())
+    share = stats.binomtest(reached, len(of_setting)).proportion_ci(method="wilson")
+    last = history[history[SETTING] == setting].groupby("seed").last()
+    last = last[last.index.isin(of_setting["seed"][of_setting["accuracy"].notna()])]
+    return {
+        SETTING: setting,
+        "runs": len(of_setting),
+        "diverged": int(of_setting["accuracy"].isna().sum()),
+        **{name: distribution(of_setting[name].dropna()) for name in runs.columns.intersection(ACCURACIES)},
+        "target": {
+            "accuracy": target,
+            "reached": reached,
+            "share": reached / len(of_setting),
+            "interval": [share.low, share.high],
+        },
+        "last_epoch": {
+            name: {
+                "published": published[name].iloc[-1],
+                "median": _number(last[name].median()),
+                "band_90": [_number(last[name].quantile(share)) for share in (0.05, 0.95)],
+                "percentile": _number(stats.percentileofscore(last[name], published[name].iloc[-1])),
+            }
+            for name in study.FIGURES
+        },
+    }
+
+
+def distribution(values: pd.Series) -> dict[str, Any]:
+    """Describe a sample: the deviation is that of the sample (n - 1), the interval that of the mean."""
+    found = {name: getattr(values, name)() for name in ("mean", "std", "median", "min", "max")}
+    return {name: _number(value) for name, value in found.items()} | {"interval_of_mean": _interval(values)}
+
+
+def compare(runs: pd.DataFrame) -> dict[str, Any]:
+    """Compare each setting with the first: the difference of two runs of one seed, over all seeds.
+
+    The validation accuracy decides. Without one there is only the test set; to choose by it is to train on it.
+    """
+    has_validation = (
+        "validation_accuracy" in runs and not runs.loc[runs["accuracy"].notna(), "validation_accuracy"].hasnans
+    )
+    metric = "validation_accuracy" if has_validation else "accuracy"
+    by_seed = runs.pivot(index="seed", columns=SETTING, values=metric)
+    first, *others = runs[SETTING].unique()
+    differences = {name: (by_seed[name] - by_seed[first]).dropna() for name in others}
+    return {
+        "metric": metric,
+        "chooses_by_test_set": not has_validation,
+        "first": first,
+        "differences": [
+            {SETTING: name, "pairs": len(values), "mean": _number(values.mean()), "interval": _interval(values)}
+            for name, values in differences.items()
+        ],
+    }
+
+
+def _interval(values: pd.Series) -> list[float | None]:
+    """Give the 95 % confidence interval of the mean, by Student's t; it takes two values."""
+    if len(values) < 2:
+        return [None, None]
+    low, high = stats.t.interval(0.95, len(values) - 1, loc=values.mean(), scale=values.sem())
+    return [_number(low), _number(high)] if values.sem() else [_number(values.mean())] * 2
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else round(float(value), 6)
+
+
+def curves(history: pd.DataFrame, published: pd.DataFrame, name: str) -> Figure:
+    """Draw one figure over the epochs: for each setting the median and two bands, and the tutorial's curve on top."""
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    settings = history[SETTING].unique()
+    for colour, setting in zip(_colours(len(settings)), settings, strict=True):
+        epochs = history[history[SETTING] == setting].groupby("epoch")[name]
+        for share, opacity in BANDS.items():
+            low, high = (epochs.quantile(0.5 + sign * share / 2) for sign in (-1, 1))
+            label = f"{share:.0%} of the runs" if len(settings) == 1 else None
+            axes.fill_between(low.index, low, high, color=colour, alpha=opacity, linewidth=0, label=label)
+        median = epochs.median()
+        axes.plot(median.index, median, color=colour, linewidth=2, label="median" if setting == ONLY else setting)
+    axes.plot(published["epoch"], published[name], "o-", color="black", markersize=3, linewidth=1, label="published")
+    axes.set(title=name.replace("_", " "), xlabel="epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if name.endswith("acc"):
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.legend(frameon=False, fontsize=10)
+    return figure
+
+
+def dots(runs: pd.DataFrame, published: pd.DataFrame, target: float) -> Figure:
+    """Draw the last accuracies, as the tutorial counts: one dot a run, one row a setting. Equal ones are stacked.
+
+    The axis shows the bulk of the runs. A run far below it is an arrow at the edge, with its accuracy.
+    """
+    settings = runs[SETTING].unique()
+    marks = [published["test_acc"].iloc[-1], target]
+    accuracies = runs["batch_mean_accuracy"].dropna()
+    quartiles = accuracies.quantile([0.25, 0.75]) if len(accuracies) else pd.Series(marks)
+    fence = quartiles.iloc[0] - 4 * np.ptp(quartiles)
+    low, high = (limit([*accuracies[accuracies >= fence], *marks]) for limit in (min, max))
+    low -= 0.06 * (high - low or 0.01)
+    width = (high - low) / 60
+
+    figure, axes = plt.subplots(figsize=(6, 1.6 + 1.2 * len(settings)), layout="constrained")
+    for row, (colour, setting) in enumerate(zip(_colours(len(settings)), settings, strict=True)):
+        of_setting = accuracies[runs[SETTING] == setting].sort_values()
+        columns, counts = np.unique(np.round(of_setting[of_setting >= low] / width), return_counts=True)
+        for column, count in zip(columns, counts, strict=True):
+            heights = row + (np.arange(count) - (count - 1) / 2) * 0.8 / max(8, counts.max())
+            axes.plot(np.full(count, column * width), heights, "o", color=colour, markersize=4)
+        for position, value in enumerate(of_setting[of_setting < low]):
+            height = row - 0.3 + 0.2 * position
+            axes.plot(low, height, "<", color=colour, markersize=5)
+            axes.annotate(f"{value:.1%}", (low, height), (6, 0), textcoords="offset points", va="center", fontsize=9)
+    axes.axvline(marks[0], color="black", linewidth=1, label="published")
+    axes.axvline(marks[1], color="tab:red", linewidth=1, linestyle="--", label="target")
+    axes.set(title="test accuracy after the last epoch", yticks=range(len(settings)), ylim=(len(settings) - 0.4, -0.6))
+    axes.set_yticklabels([f"{len(runs)} runs" if setting == ONLY else setting for setting in settings])
+    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=1))
+    axes.grid(visible=False, axis="y")
+    figure.legend(*axes.get_legend_handles_labels(), frameon=False, fontsize=10, loc="outside lower center", ncols=2)
+    return figure
+
+
+def _colours(count: int) -> list[Any]:
+    return [plt.get_cmap("tab10" if count <= 10 else "viridis")(i if count <= 10 else i / count) for i in range(count)]
+
+
+if __name__ == "__main__":
+    run_command(main)

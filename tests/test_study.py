@@ -1,0 +1,484 @@
+"""The study: many seeds and settings, by Dask, each run like the pipeline's own, and none trained twice."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+import torch
+import yaml
+from mlflow.entities import Run
+
+from mnist_mlp import params, study, training
+from tests import project
+
+ROOT = Path(__file__).parents[1]
+STUDY = ("dvc", "repro", "study/dvc.yaml")
+REPLICATE = (sys.executable, "-m", "stages.replicate")
+CHECK = (sys.executable, "-m", "mnist_mlp.study_check")
+TRACK = (sys.executable, "-m", "mnist_mlp.study_tracking")
+SEEDS = 3
+
+
+@pytest.fixture(scope="module")
+def studied(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository after its first study, all committed. Not to be changed: copy it."""
+    folder = project.copy(finished, tmp_path_factory.mktemp("studied") / "repository")
+    project.edit(folder, {"study.seeds": SEEDS})
+    project.run(folder, *STUDY)
+    project.commit(folder)
+    return folder
+
+
+@pytest.fixture
+def repository(studied: Path, tmp_path: Path) -> Path:
+    """A copy of that to do things to."""
+    return project.copy(studied, tmp_path / "repository")
+
+
+def rows(folder: Path, path: Path = study.RUNS) -> list[dict[str, str]]:
+    return list(csv.DictReader((folder / path).read_text().splitlines()))
+
+
+def results(folder: Path) -> dict[str, bytes]:
+    files = sorted((folder / "results/study").rglob("*.*"))
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+
+def forget(folder: Path) -> None:
+    """Remove what the study has kept and made, and its commit, as if it had never run."""
+    shutil.rmtree(folder / "study/runs", ignore_errors=True)
+    project.run(folder, "git", "rm", "-r", "--quiet", "results/study", "study/dvc.lock")
+    project.run(folder, "git", "-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "--quiet", "-m", "test")
+
+
+def trained(output: str) -> tuple[int, int]:
+    """Read how many runs a study has, and how many of them it has trained."""
+    (found,) = re.findall(r"^(\d+) runs, (\d+) of them to train$", output, re.MULTILINE)
+    return int(found[0]), int(found[1])
+
+
+def test_the_committed_study_holds_the_pipelines_own_run() -> None:
+    """Seed 42: the same model as dvc.lock's, and the same epochs as results/history.csv."""
+    (run,) = [row for row in rows(ROOT) if row["seed"] == "42"]
+    lock = yaml.safe_load((ROOT / "dvc.lock").read_text())["stages"]
+    assert run["model_md5"] in {out["md5"] for out in lock["train"]["outs"]}
+    epochs = [",".join(list(row.values())[1:]) for row in rows(ROOT, study.HISTORY) if row["seed"] == "42"]
+    assert epochs == (ROOT / "results/history.csv").read_text().splitlines()[1:]
+    assert float(run["accuracy"]) == json.loads((ROOT / "results/metrics.json").read_text())["accuracy"]
+    assert [int(row["seed"]) for row in rows(ROOT)] == list(range(1, 101))
+
+
+def test_a_run_of_the_study_is_what_the_pipeline_gives_for_its_seed(repository: Path) -> None:
+    assert list(rows(repository)[0]) == ["seed", "accuracy", "batch_mean_accuracy", "loss", "model_md5"]
+    project.edit(repository, {"train.seed": 2})
+    project.run(repository, "dvc", "repro", "evaluate")
+    metrics = json.loads((repository / "results/metrics.json").read_text())
+    run = rows(repository)[1]
+    assert [float(run[name]) for name in study.METRICS] == [metrics[name] for name in study.METRICS]
+    lock = yaml.safe_load((repository / "dvc.lock").read_text())["stages"]
+    assert run["model_md5"] in {out["md5"] for out in lock["train"]["outs"]}
+    epochs = [",".join(list(row.values())[1:]) for row in rows(repository, study.HISTORY) if row["seed"] == "2"]
+    assert epochs == (repository / "results/history.csv").read_text().splitlines()[1:]
+    assert (
+        project.run(repository, "dvc", "status", "study/dvc.yaml").stdout.strip()
+        == project.run(repository, "dvc", "status", "study/dvc.yaml:report").stdout.strip()
+    )  # the seed is no part of the study
+
+
+def test_the_two_pipelines_do_not_run_each_other(repository: Path) -> None:
+    project.edit(repository, {"study.seeds": SEEDS + 1})
+    assert project.stages_run(project.run(repository, "dvc", "repro").stdout) == []
+    project.edit(repository, {"study.seeds": SEEDS, "plot.dpi": 90})
+    assert project.stages_run(project.run(repository, *STUDY).stdout) == ["report"]
+
+
+def test_no_run_is_trained_twice(repository: Path, tmp_path: Path) -> None:
+    """Neither with more seeds, nor with settings of which one is known, nor in a clone, which has only the tables."""
+    clone = tmp_path / "a clone"
+    project.run(tmp_path, "git", "clone", "--quiet", str(repository), str(clone))
+    shutil.copytree(repository / "data/MNIST/raw", clone / "data/MNIST/raw", dirs_exist_ok=True)
+    for folder in (repository, clone):
+        project.edit(folder, {"study.seeds": SEEDS + 1})
+        assert trained(project.run(folder, *REPLICATE).stdout) == (SEEDS + 1, 1)
+    assert results(repository)["results/study/history.csv"] == results(clone)["results/study/history.csv"]
+
+    project.edit(repository, {"study.vary": {"train.lr": [0.05, 0.1]}, "study.seeds": 2})
+    assert trained(project.run(repository, *REPLICATE).stdout) == (4, 2)
+    assert [(row["train.lr"], row["seed"]) for row in rows(repository)] == [
+        ("0.05", "1"), ("0.05", "2"), ("0.1", "1"), ("0.1", "2")
+    ]  # fmt: skip
+
+
+def test_runs_of_other_code_or_parameters_are_not_used(repository: Path) -> None:
+    project.edit(repository, {"study.seeds": 1, "train.momentum": 0.5})
+    assert trained(project.run(repository, *REPLICATE).stdout) == (1, 1)
+    project.edit(repository, {"train.momentum": 0.0})
+    net = repository / "mnist_mlp/net.py"
+    net.write_text(net.read_text() + "# other code\n")
+    assert trained(project.run(repository, *REPLICATE).stdout) == (1, 1)
+
+
+def test_tables_that_come_out_otherwise_on_this_machine_are_not_used(repository: Path) -> None:
+    """As those of another kind of processor: the first epoch of one run is trained again before any row is used."""
+    shutil.rmtree(repository / "study/runs")
+    history = repository / study.HISTORY
+    before = project.run(repository, "md5sum", str(study.HISTORY)).stdout.split()[0]
+    history.write_text(re.sub(r"^(1,0,0\.\d{5})\d", r"\g<1>x", history.read_text(), flags=re.MULTILINE))
+    after = project.run(repository, "md5sum", str(study.HISTORY)).stdout.split()[0]
+    lock = repository / study.LOCK
+    lock.write_text(lock.read_text().replace(before, after))
+    project.commit(repository)
+    project.edit(repository, {"study.seeds": 1})
+    assert trained(project.run(repository, *REPLICATE).stdout) == (1, 1)
+
+
+def test_a_study_that_is_killed_goes_on_with_the_missing_runs(studied: Path, repository: Path) -> None:
+    forget(repository)
+    process = subprocess.Popen(
+        REPLICATE, cwd=repository, env=project.environment(), stdout=subprocess.DEVNULL, start_new_session=True
+    )
+    kept = repository / "study/runs"
+    while not list(kept.glob("*.json")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    saved = len(list(kept.glob("*.json")))
+    assert not (repository / study.RUNS).exists()
+    assert trained(project.run(repository, *REPLICATE).stdout) == (SEEDS, SEEDS - saved)
+    assert rows(repository) == rows(studied)
+
+
+def test_ctrl_c_ends_a_study_in_one_go(repository: Path) -> None:
+    forget(repository)
+    process = subprocess.Popen(
+        ["dvc", "repro", "study/dvc.yaml"], cwd=repository, env=project.environment(), start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    kept = repository / "study/runs"
+    while not list(kept.glob("*.json")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: DVC, the stage and Dask's processes get it
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "Traceback" not in errors
+    assert list(kept.glob("*.json"))
+
+
+class Cluster:
+    """A real Dask scheduler, and workers that have neither a clone nor a shared disk."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.file = folder / "scheduler.json"
+        self.start("scheduler", "--port", "0", "--scheduler-file", str(self.file), "--no-dashboard")
+        while not self.file.exists():
+            time.sleep(0.01)
+        address: str = json.loads(self.file.read_text())["address"]
+        self.env = project.environment(DASK_SCHEDULER_ADDRESS=address)
+
+    def start(self, kind: str, *options: str) -> subprocess.Popen[bytes]:
+        home = self.folder / f"{kind} {len(self.processes)}"
+        home.mkdir(parents=True)
+        command = [str(project.BIN / "dask"), kind, "--host", "127.0.0.1", *options]
+        with (home / "log").open("wb") as log:
+            process = subprocess.Popen(command, cwd=home, env=project.environment(), stdout=log, stderr=log)
+        self.processes.append(process)
+        return process
+
+    def worker(self, *options: str) -> subprocess.Popen[bytes]:
+        where = ("--scheduler-file", str(self.file), "--no-dashboard", "--no-nanny", "--local-directory", ".")
+        return self.start("worker", *where, *(options or ("--nthreads", "1")))
+
+    def stop(self) -> None:
+        for process in reversed(self.processes):
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture
+def dask_cluster(tmp_path: Path) -> Iterator[Cluster]:
+    cluster = Cluster(tmp_path / "cluster")
+    yield cluster
+    cluster.stop()
+
+
+def test_a_cluster_gives_the_same_bytes_though_a_worker_dies_and_others_are_not_fit(
+    studied: Path, repository: Path, dask_cluster: Cluster, tmp_path: Path
+) -> None:
+    """One worker has other arithmetic, one has two threads; of the two others, one is killed in its first run."""
+    forget(repository)
+    project.edit(repository, {"study.seeds": SEEDS})
+    preload = tmp_path / "other.py"
+    preload.write_text("import torch\ntorch.backends.mkldnn.is_available = lambda: False\n")
+    dask_cluster.worker("--nthreads", "1", "--preload", str(preload))
+    dask_cluster.worker("--nthreads", "2")
+    # The first one stops in its first run, for good: it is killed there.
+    marker = tmp_path / "in a run"
+    trap = tmp_path / "trap.py"
+    trap.write_text(f"""if True:
+        import os, pathlib, signal, threading, time, sys
+        def watch():
+            while True:
+                training = sys.modules.get("mnist_mlp.training")
+                if training and hasattr(training, "train"):
+                    break
+                time.sleep(0.01)
+            original = training.train
+            def train(*arguments):
+                pathlib.Path({str(marker)!r}).touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            training.train = train
+        threading.Thread(target=watch, daemon=True).start()""")
+    doomed = dask_cluster.worker("--nthreads", "1", "--preload", str(trap))
+    process = subprocess.Popen(REPLICATE, cwd=repository, env=dask_cluster.env, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)  # fmt: skip
+    doomed.wait(120)
+    assert marker.exists()
+    dask_cluster.worker()  # joins late
+    output, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
+    assert trained(output) == (SEEDS, SEEDS)
+    assert re.search(r"worker tcp://127.0.0.1:\d+ is left out: it computes other bytes", errors)
+    assert re.search(r"worker tcp://127.0.0.1:\d+ is left out: it has 2 threads", errors)
+    assert len(errors.splitlines()) == 2
+    assert rows(repository) == rows(studied)
+    assert rows(repository, study.HISTORY) == rows(studied, study.HISTORY)
+    assert not list(dask_cluster.folder.rglob("runs.csv"))
+
+
+def test_new_code_reaches_workers_that_have_run_a_study_before(repository: Path, dask_cluster: Cluster) -> None:
+    dask_cluster.worker()
+    project.edit(repository, {"study.seeds": 1})
+    forget(repository)
+    project.run(repository, *REPLICATE, env=dask_cluster.env)
+    before = rows(repository)
+    training = repository / "mnist_mlp/training.py"
+    training.write_text(
+        training.read_text().replace("manual_seed(config.train.seed)\n    return", "manual_seed(7)\n    return")
+    )
+    project.run(repository, *REPLICATE, env=dask_cluster.env)
+    assert rows(repository)[0]["model_md5"] != before[0]["model_md5"]
+
+
+@pytest.mark.parametrize("scheduler", ["none", "without workers", "lost"])
+def test_a_cluster_that_is_not_there_is_one_line(repository: Path, dask_cluster: Cluster, scheduler: str) -> None:
+    forget(repository)
+    env = dask_cluster.env
+    if scheduler == "none":
+        dask_cluster.stop()
+    if scheduler == "lost":
+        dask_cluster.worker()
+        training = repository / "mnist_mlp/training.py"
+        training.write_text(
+            training.read_text().replace(
+                "    for epoch in range", "    import time; time.sleep(600)\n    for epoch in range"
+            )
+        )
+    process = subprocess.Popen(
+        REPLICATE, cwd=repository, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    if scheduler == "lost":
+        while not any("Registered" in (home / "log").read_text() for home in dask_cluster.folder.glob("worker*")):
+            time.sleep(0.01)
+        assert process.stdout
+        process.stdout.readline()
+        dask_cluster.stop()
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    (line,) = errors.splitlines()
+    assert line.startswith("replicate: ")
+    assert env["DASK_SCHEDULER_ADDRESS"] in line
+
+
+def test_a_full_disk_is_one_line_and_what_has_ended_is_kept(repository: Path) -> None:
+    """In a mount namespace of its own, where `study/runs` is a file system with room for a few files."""
+    forget(repository)
+    (repository / "study/runs").mkdir()
+    script = """
+        mount -t tmpfs -o nr_inodes=2 tmpfs study/runs
+        python -m stages.replicate; status=$?
+        ls study/runs; exit $status"""
+    if project.run(repository, "unshare", "-rm", "true", check=False).returncode:
+        pytest.skip("no mount namespaces here")
+    done = project.run(repository, "unshare", "-rm", "sh", "-c", script, check=False)
+    assert done.returncode == 1
+    assert re.fullmatch(r"replicate: cannot write \S+/study/runs/\w+\.json: No space left .*untouched\n", done.stderr)
+    assert not (repository / study.RUNS).exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        (
+            {"study.vary": {"train.speed": [1]}},
+            "study.vary: 'train.speed' is no parameter that decides what a training",
+        ),
+        ({"study.vary": {"plot.dpi": [90]}}, "study.vary: 'plot.dpi' is no parameter that decides what a training"),
+        ({"study.vary": {"train.seed": [1]}}, "(the seeds are those of study.seeds)"),
+        ({"study.vary": {"train.lr": [0.1, -1]}}, "study.vary: train.lr is -1: input should be greater than 0"),
+        ({"study.vary": {"model.hidden": [[32], 32]}}, "study.vary: model.hidden is 32: input should be a valid list"),
+        ({"study.vary": {"train.lr": []}}, "study.vary.train.lr is []: list should have at least 1 item"),
+        ({"study.vary": {"train.lr": [0.1, 0.10]}}, "study.vary: train.lr has 0.1 twice"),
+        ({"study.seeds": 0}, "study.seeds is 0: input should be greater than or equal to 1"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_wrong_study_is_refused_before_anything_runs(tmp_path: Path, values: dict[str, object], problem: str) -> None:
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    project.edit(tmp_path, values)
+    env = project.environment(PYTHONPATH=str(ROOT))
+    done = project.run(tmp_path, sys.executable, "-m", "mnist_mlp.params", check=False, env=env)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1
+    assert line.startswith("params: params.yaml: study")
+    assert problem in line
+
+
+def test_a_study_varies_what_stage_train_depends_on() -> None:
+    """`VARIABLE` is the list of dvc.yaml, but for the seed; the study's pipeline depends on the same."""
+    values = params.load(ROOT / "params.yaml").flat()
+    for pipeline, stage in (("dvc.yaml", "train"), ("study/dvc.yaml", "replicate")):
+        listed = yaml.safe_load((ROOT / pipeline).read_text())["stages"][stage]["params"]
+        named = {key for name in listed for key in values if key == name or key.startswith(f"{name}.")}
+        assert named - {"train.seed"} == set(params.VARIABLE)
+
+
+def test_settings_are_compared_by_seed_and_a_diverged_run_is_a_result(repository: Path) -> None:
+    project.edit(repository, {"study.vary": {"train.lr": [0.1, 0.05, 10.0]}})
+    output = project.run(repository, *STUDY).stdout
+    assert "train.lr 10.0, train.seed 1: diverged" in output
+    (kept, other, diverged) = (rows(repository)[start : start + SEEDS] for start in (0, SEEDS, 2 * SEEDS))
+    assert [row["accuracy"] + row["model_md5"] for row in diverged] == [""] * SEEDS
+
+    summary = json.loads((repository / study.SUMMARY).read_text())
+    first, _, third = summary["settings"]
+    accuracies = np.array([float(row["accuracy"]) for row in kept])
+    assert first["accuracy"]["mean"] == pytest.approx(accuracies.mean(), abs=1e-6)
+    assert first["accuracy"]["std"] == pytest.approx(accuracies.std(ddof=1), abs=1e-6)
+    half = 4.302653 * accuracies.std(ddof=1) / np.sqrt(3)  # Student's t for 2 degrees of freedom, from a table
+    interval = [accuracies.mean() - half, accuracies.mean() + half]
+    assert first["accuracy"]["interval_of_mean"] == pytest.approx(interval, abs=1e-6)
+    assert (third["runs"], third["diverged"], third["target"]["reached"]) == (SEEDS, SEEDS, 0)
+    # Wilson's interval of 0 and of 3 in 3, with z = 1.959964: from 0 to z² / (n + z²), and its mirror image.
+    bound = 1.959964**2 / (3 + 1.959964**2)
+    assert third["target"]["interval"] == pytest.approx([0, bound], abs=1e-6)
+    assert first["target"]["interval"] == pytest.approx([1 - bound, 1], abs=1e-6)
+    last = sorted(float(row["test_loss"]) for row in rows(repository, study.HISTORY) if row["epoch"] == "1")
+    published = first["last_epoch"]["test_loss"]
+    assert (published["published"], published["percentile"]) == (0.086559, 0)  # two epochs are not enough
+    assert min(last) <= published["median"] <= max(last)
+
+    comparison = summary["comparison"]
+    by_seed = np.array([float(row["accuracy"]) for row in other]) - accuracies
+    (difference, none) = comparison["differences"]
+    assert (difference["setting"], difference["pairs"]) == ("train.lr 0.05", SEEDS)
+    assert difference["mean"] == pytest.approx(by_seed.mean(), abs=1e-6)
+    assert (none["pairs"], none["mean"]) == (0, None)
+    assert comparison["chooses_by_test_set"]
+    words = project.run(repository, *TRACK).stdout
+    assert "Warning: this is the test set" in words
+    assert f"{SEEDS} diverged" in words
+
+
+def test_with_a_validation_set_settings_and_champion_are_chosen_by_it(repository: Path) -> None:
+    project.edit(repository, {"data.validation": 5000, "study.seeds": 2, "study.vary": {"train.lr": [0.1, 0.05]}})
+    project.run(repository, *STUDY)
+    assert list(rows(repository)[0])[-2:] == ["validation_accuracy", "model_md5"]
+    assert list(rows(repository, study.HISTORY)[0])[-2:] == ["val_loss", "val_acc"]
+    comparison = json.loads((repository / study.SUMMARY).read_text())["comparison"]
+    assert (comparison["metric"], comparison["chooses_by_test_set"]) == ("validation_accuracy", False)
+
+    output = project.run(repository, "dvc", "repro").stdout
+    assert "mnist-mlp version 2, the champion" in output
+    metrics = json.loads((repository / "results/metrics.json").read_text())
+    run = project.runs(repository)[0]
+    assert run.data.metrics["validation_accuracy"] == metrics["validation_accuracy"] > 0.5
+    history = (repository / "results/history.csv").read_text().splitlines()
+    assert history[0].endswith(",val_loss,val_acc")
+    client = mlflow.MlflowClient()
+    version = client.get_model_version("mnist-mlp", "2")
+    assert float(version.tags["validation_accuracy"]) == metrics["validation_accuracy"]
+    # Better on the test set, worse on the validation set.
+    tags = {"accuracy": "0.999", "validation_accuracy": "0.5"}
+    mlflow.register_model(version.source, "mnist-mlp", tags=tags)
+    project.run(repository, sys.executable, "-m", "stages.track")
+    assert int(client.get_model_version_by_alias("mnist-mlp", "champion").version) == 2
+
+
+def test_held_out_images_are_the_last_and_no_part_of_the_training(mnist: Path) -> None:
+    config = params.load(ROOT / "params.yaml").replaced({"data.validation": 5000})
+    whole = training.load(config.replaced({"data.validation": 0}), mnist)
+    sets = training.load(config, mnist)
+    assert [len(part.labels) for part in whole] == [60_000, 0, 10_000]
+    assert torch.equal(torch.cat([sets.train.images, sets.validation.images]), whole.train.images)
+    assert torch.equal(sets.validation.labels, whole.train.labels[55_000:])
+
+
+def test_study_check_says_identical_or_the_first_difference(repository: Path) -> None:
+    done = project.run(repository, *CHECK)
+    assert re.search(r"^identical: seed \d, seed \d, every figure and the model's MD5$", done.stdout, re.MULTILINE)
+
+    table = repository / study.HISTORY
+    table.write_text(re.sub(r"^(\d,1,.*,)0\.\d+$", r"\g<1>0.123456", table.read_text(), flags=re.MULTILINE))
+    done = project.run(repository, *CHECK, "--runs", "1", check=False)
+    assert done.returncode == 1
+    assert re.search(
+        r"^different: seed \d: epoch 1: test_acc is 0.123456 in the table, 0\.9\d+ here$", done.stdout, re.M
+    )
+
+    project.edit(repository, {"train.lr": 0.05})
+    done = project.run(repository, *CHECK, check=False)
+    line = "study_check: params.yaml: train.lr is 0.05, and the study was made with 0.1; run `make study`\n"
+    assert (done.returncode, done.stderr) == (2, line)
+
+
+def test_mlflow_has_one_parent_and_a_child_for_each_run_and_gets_them_once(repository: Path) -> None:
+    mlflow.set_tracking_uri(f"sqlite:///{repository}/mlflow.db")
+
+    def found() -> list[Run]:
+        runs: list[Run] = mlflow.search_runs(experiment_names=["mnist-study"], output_format="list")
+        return [run for run in runs if run.info.run_name != "published"]
+
+    before = found()
+    (parent,) = [run for run in before if "mlflow.parentRunId" not in run.data.tags]
+    children = {
+        run.info.run_name: run for run in before if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id
+    }
+    assert sorted(children) == [f"seed {seed}" for seed in range(1, SEEDS + 1)]
+    assert len(before) == SEEDS + 1
+    client = mlflow.MlflowClient()
+    row, child = rows(repository)[1], children["seed 2"]
+    assert child.data.params["train.seed"] == "2"
+    assert child.data.metrics["accuracy"] == float(row["accuracy"])
+    assert child.data.tags["model.md5"] == row["model_md5"]
+    points = client.get_metric_history(child.info.run_id, "test_loss")
+    epochs = [row for row in rows(repository, study.HISTORY) if row["seed"] == "2"]
+    assert [f"{point.step},{point.value:.6f}" for point in points] == [
+        f"{row['epoch']},{row['test_loss']}" for row in epochs
+    ]
+    artifacts = {artifact.path for artifact in client.list_artifacts(parent.info.run_id)}
+    assert artifacts == {"summary.json", "runs.csv", "history.csv", "params.yaml", "plots"}
+    assert "published" in parent.data.tags["mlflow.note.content"]
+
+    assert "was complete" in project.run(repository, *TRACK).stdout
+    assert len(found()) == len(before)
+    client.set_terminated(parent.info.run_id, "KILLED")  # as when it was stopped before its end
+    assert "is now complete" in project.run(repository, *TRACK).stdout
+    assert len(found()) == len(before)
+    (repository / "mlflow.db").unlink()
+    assert "is now complete" in project.run(repository, *TRACK).stdout
+    assert len(found()) == len(before)
