@@ -22,6 +22,7 @@ import yaml
 
 from mnist_mlp import params
 from mnist_mlp.data import RAW, SHA256
+from tests import stopping
 
 ROOT = Path(__file__).parents[1]
 NAME = "t10k-labels-idx1-ubyte"  # the smallest file. In most tests it is the only one that is missing
@@ -124,11 +125,15 @@ def raw(tmp_path: Path, mnist: Path) -> Path:
     return raw
 
 
-@contextmanager
-def started(workspace: Path, mirrors: list[str], timeout: float, **env: str) -> Iterator[subprocess.Popen[str]]:
+def write_params(workspace: Path, mirrors: list[str], timeout: float) -> None:
     content = params.load(ROOT / params.PARAMS).model_dump(by_alias=True)
     content["data"] |= {"mirrors": mirrors, "timeout": timeout}
     (workspace / params.PARAMS).write_text(yaml.safe_dump(content))
+
+
+@contextmanager
+def started(workspace: Path, mirrors: list[str], timeout: float, **env: str) -> Iterator[subprocess.Popen[str]]:
+    write_params(workspace, mirrors, timeout)
     with subprocess.Popen(
         [sys.executable, "-m", "stages.download"],
         cwd=workspace,
@@ -288,10 +293,15 @@ def test_a_file_that_is_not_mnists_is_refused_in_one_line_and_stays(raw: Path, t
     assert (raw / "holiday.jpg").read_text() == "stray"
 
 
-def test_the_part_of_a_killed_download_is_removed_though_its_file_is_there(
-    raw: Path, tmp_path: Path, mirror: Path
+def test_killed_in_the_middle_of_a_write_it_leaves_a_part_only_which_the_next_run_removes(
+    raw: Path, tmp_path: Path, mnist: Path, mirror: Path
 ) -> None:
-    (raw / "train-images-idx3-ubyte.part").write_text("half")
+    write_params(tmp_path, [f"file://{mirror}"], NEVER)
+    command = (sys.executable, "-m", "stages.download")
+    assert stopping.in_write(tmp_path, NAME, signal.SIGKILL, *command, import_from=ROOT) == -signal.SIGKILL
+    assert not (raw / NAME).exists()
+    assert {path.name for path in raw.iterdir()} > SHA256.keys() - {NAME}
+    shutil.copy(mnist / NAME, raw)
     status, _, err = download(tmp_path, [f"file://{mirror}"])
     assert (status, err) == (0, [])
     assert sorted(path.name for path in raw.iterdir()) == sorted(SHA256)

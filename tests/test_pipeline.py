@@ -1,13 +1,10 @@
 """What users do with the pipeline, as they do it: real DVC, real MLflow store, real MNIST."""
 
 import json
-import os
 import pickle
 import shutil
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import mlflow
@@ -16,9 +13,9 @@ import pytest
 import yaml
 
 from mnist_mlp import data, study
-from tests import project
+from tests import project, stopping
 
-DIVERGING: dict[str, object] = {"train.lr": 10.0}
+ONE_STAGE = ("dvc", "repro", "--force", "--single-item")
 
 
 @pytest.fixture
@@ -134,9 +131,7 @@ def test_an_edit_runs_only_what_it_touches(repository: Path, edit: dict[str, obj
     ("edit", "message"),
     [
         ({"train.lr": "fast"}, "params.yaml: train.lr is 'fast': input should be a valid number"),
-        (DIVERGING, "train: diverged in epoch 0: the loss is"),
-        ({"model.hidden": [100_000, 100_000]}, "params.yaml: model.hidden [100000, 100000] needs at least"),
-        ({"train.device": "cuda"}, "params.yaml: train.device is 'cuda', but PyTorch finds no usable GPU here"),
+        ({"train.lr": 10.0}, "train: diverged in epoch 0: the loss is"),
     ],
 )
 def test_a_failing_stage_says_why_in_one_line_and_the_last_results_come_back(
@@ -155,13 +150,20 @@ def test_a_failing_stage_says_why_in_one_line_and_the_last_results_come_back(
     assert project.contents(repository) == project.contents(finished)
 
 
-def test_going_back_trains_nothing_again(finished: Path, repository: Path) -> None:
-    good = (repository / "params.yaml").read_bytes()
-    project.edit(repository, {"train.lr": 0.05})
-    assert "train" in project.stages_run(project.run(repository, "dvc", "repro").stdout)
-    (repository / "params.yaml").write_bytes(good)
-    assert project.stages_run(project.run(repository, "dvc", "repro").stdout) == ["track"]
-    assert project.contents(repository) == project.contents(finished)
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        ({"model.hidden": [100_000, 100_000]}, "params.yaml: model.hidden [100000, 100000] needs at least"),
+        ({"train.device": "cuda"}, "params.yaml: train.device is 'cuda', but PyTorch finds no usable GPU here"),
+    ],
+)
+def test_a_net_that_this_machine_cannot_train_is_refused(
+    repository: Path, edit: dict[str, object], message: str
+) -> None:
+    project.edit(repository, edit)
+    done = project.run(repository, sys.executable, "-m", "stages.train", check=False)
+    assert done.stderr.startswith(f"train: {message}")
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
 
 
 def test_each_stage_declares_every_file_of_the_project_that_it_imports(repository: Path) -> None:
@@ -181,52 +183,48 @@ def test_each_stage_declares_every_file_of_the_project_that_it_imports(repositor
         assert "requirements.txt" in declared, name
 
 
-def stop(repository: Path, stage: str, number: signal.Signals, moment: float | str) -> None:
-    """Start one stage under DVC, and send the two a signal, seconds later or when such a file appears."""
-
-    def seen() -> int:
-        return len(list(repository.glob(str(moment))))
-
-    before = seen()
-    process = subprocess.Popen(
-        ["dvc", "repro", "--force", "--single-item", stage],
-        cwd=repository, env=project.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True,
-    )  # fmt: skip
-    assert process.stdout is not None
-    with process.stdout as lines:
-        assert any(line.startswith("> python -m stages") for line in lines)
-        if isinstance(moment, str):
-            while process.poll() is None and seen() == before:
-                time.sleep(0.01)
-        else:
-            time.sleep(moment)
-        os.killpg(process.pid, number)
-        for _ in lines:  # until all that hold the pipe have ended
-            pass
-    process.wait(60)
-
-
 @pytest.mark.parametrize(
-    ("stage", "moment"),
-    [("download", 0.3), ("train", 6.0), ("evaluate", 4.0), ("plot", 4.0)],
+    ("output", "command"),
+    [
+        ("results/history.csv", [sys.executable, "-m", "stages.train"]),
+        ("results/metrics.json", [sys.executable, "-m", "stages.evaluate"]),
+        ("results/plots/test_acc.png", [*ONE_STAGE, "plot"]),
+        ("results/predictions.csv", [*ONE_STAGE, "evaluate"]),
+        ("results/model.safetensors", [*ONE_STAGE, "train"]),
+        (f"{data.RAW}/t10k-labels-idx1-ubyte", [*ONE_STAGE, "download"]),
+    ],
 )
-def test_killed_at_any_moment_the_next_run_gives_the_same_bytes(
-    finished: Path, repository: Path, stage: str, moment: float
+def test_killed_in_the_middle_of_a_write_no_output_is_torn_and_the_next_run_gives_the_same_bytes(
+    finished: Path, repository: Path, mirror: Path, output: str, command: list[str]
 ) -> None:
-    stop(repository, stage, signal.SIGKILL, moment)
-    project.run(repository, "dvc", "repro")
+    names = [*project.RESULTS, *(f"{data.RAW}/{name}" for name in data.SHA256)]
+    whole = {name: (finished / name).read_bytes() for name in names}
+    good = (repository / "params.yaml").read_bytes()
+    if command[-1] == "download":
+        (repository / output).unlink()
+        project.edit(repository, {"data.mirrors": [f"file://{mirror}"]})
+    assert stopping.in_write(repository, output, signal.SIGKILL, *command) == -signal.SIGKILL
+    for name, content in whole.items():
+        path = repository / name
+        assert path.read_bytes() == content if path.exists() else command[0] == "dvc", name  # it removes the old ones
+    (repository / "params.yaml").write_bytes(good)
+    project.run(repository, "dvc", "repro", "plot")
     assert project.contents(repository) == project.contents(finished)
     assert project.run(repository, "git", "status", "--porcelain").stdout == ""
 
 
 def test_a_store_that_was_half_made_is_made_anew(repository: Path) -> None:
+    """The system kills the process when the file of the tables has grown to a third."""
     store, part = repository / "mlflow.db", repository / "mlflow.db.part"
-    stop(repository, "train", signal.SIGKILL, part.name)
+    connect = "from mnist_mlp import store; store.connect()"
+    limit = "signal.signal(signal.SIGXFSZ, signal.SIG_DFL); resource.setrlimit(resource.RLIMIT_FSIZE, (200_000,) * 2)"
+    script = f"import resource, signal; {limit}; {connect}"
+    done = project.run(repository, sys.executable, "-c", script, check=False)
+    assert done.returncode == -signal.SIGXFSZ
     assert part.exists()
     assert not store.exists()
-    project.run(repository, sys.executable, "-c", "from mnist_mlp import store; store.connect()")
-    assert store.exists()
+    project.run(repository, sys.executable, "-c", connect)
+    assert store.stat().st_size > 400_000
     assert not part.exists()
 
 
@@ -240,12 +238,22 @@ def test_a_store_that_is_no_database_is_reported_in_one_line(repository: Path) -
 
 def test_no_run_is_left_running(repository: Path) -> None:
     """Interrupted politely it is marked at once; after `kill -9`, by the next that comes to the store."""
+    train = (sys.executable, "-m", "stages.train")
     project.edit(repository, {"train.epochs": 1000})
-    for number in (signal.SIGKILL, signal.SIGTERM):
-        stop(repository, "train", number, "mlruns/*/artifacts/params.yaml")
-    project.edit(repository, DIVERGING)
-    project.run(repository, "dvc", "repro", "train", check=False)
-    assert [run.info.status for run in project.runs(repository)] == ["FAILED", "KILLED", "KILLED"]
+    assert stopping.after_line(repository, "epoch  0", signal.SIGKILL, *train) == -signal.SIGKILL
+    assert [run.info.status for run in project.runs(repository)] == ["RUNNING"]
+    assert stopping.after_line(repository, "epoch  0", signal.SIGTERM, *train) == 130
+    assert [run.info.status for run in project.runs(repository)] == ["KILLED", "KILLED"]
+
+    training = repository / "mnist_mlp/training.py"
+    training.write_text(
+        training.read_text().replace("        yield Epoch(", '        assert not epoch, "a bug"\n        yield Epoch(')
+    )
+    done = project.run(repository, *train, check=False)
+    assert "AssertionError: a bug" in done.stderr
+    failed, *killed = project.runs(repository)
+    assert [run.info.status for run in (failed, *killed)] == ["FAILED", "KILLED", "KILLED"]
+    assert len(mlflow.MlflowClient().get_metric_history(failed.info.run_id, "test_acc")) == 1
 
 
 def test_a_damaged_or_malicious_file_is_refused(repository: Path) -> None:
