@@ -4,6 +4,7 @@ import gzip
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -46,11 +47,35 @@ def mirror(mnist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def finished(mnist: Path, shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository after its first `dvc repro`, all committed. Not to be changed: copy it."""
-    where = shared / "finished.txt"
-    with FileLock(shared / "finished.lock"):
+
+    def make() -> Path:
+        folder = project.make(tmp_path_factory.mktemp("finished"), mnist)
+        project.run(folder, "dvc", "repro")
+        project.commit(folder)
+        return folder
+
+    return once(shared, "finished", make)
+
+
+@pytest.fixture(scope="session")
+def tried(finished: Path, shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same after one more `dvc repro`, with `project.TRIED`, and one that goes back. Not to be changed: copy it."""
+
+    def make() -> Path:
+        folder = project.copy(finished, tmp_path_factory.mktemp("tried") / "repository")
+        project.edit(folder, project.TRIED)
+        project.run(folder, "dvc", "repro")
+        project.run(folder, "git", "checkout", "--quiet", "params.yaml")
+        project.run(folder, "dvc", "repro")
+        return folder
+
+    return once(shared, "tried", make)
+
+
+def once(shared: Path, name: str, make: Callable[[], Path]) -> Path:
+    """Make a folder in one of pytest's processes; the others wait for it."""
+    where = shared / f"{name}.txt"
+    with FileLock(shared / f"{name}.lock"):
         if not where.exists():
-            folder = project.make(tmp_path_factory.mktemp("finished"), mnist)
-            project.run(folder, "dvc", "repro")
-            project.commit(folder)
-            where.write_text(str(folder))
+            where.write_text(str(make()))
     return Path(where.read_text())

@@ -7,8 +7,6 @@ from pathlib import Path
 
 from tests import project
 
-NEVER = 600  # seconds. Only a process that hangs takes so long, on a busy machine too
-
 # Python imports this file before all others. It replaces `open`: of a file whose path contains STOP_AT, half is
 # written, and then all processes of the group get a signal. How the project writes, and by which name, does not matter.
 HALFWAY = """
@@ -40,7 +38,7 @@ def in_write(folder: Path, path: str, number: signal.Signals, *command: str, imp
         command, cwd=folder, env=project.environment(PYTHONPATH=paths, STOP_AT=path, STOP_BY=str(int(number))),
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
     ) as process:  # fmt: skip
-        process.communicate(timeout=NEVER)  # until all that hold the pipe have ended
+        process.communicate(timeout=project.NEVER)  # until all that hold the pipe have ended
     return process.returncode
 
 
@@ -53,5 +51,5 @@ def after_line(folder: Path, start: str, number: signal.Signals, *command: str) 
         assert process.stdout is not None
         assert any(line.startswith(start) for line in process.stdout)
         os.killpg(process.pid, number)
-        process.communicate(timeout=NEVER)
+        process.communicate(timeout=project.NEVER)
     return process.returncode

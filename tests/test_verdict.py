@@ -30,8 +30,9 @@ def test_the_committed_bytes_are_reproduced(finished: Path) -> None:
     assert "published 97.7453%" in done.stdout
 
 
-def test_an_edited_parameter_is_named(repository: Path) -> None:
-    project.edit(repository, {"train.lr": 0.05})
+def test_an_edited_parameter_is_named(tried: Path, tmp_path: Path) -> None:
+    repository = project.copy(tried, tmp_path / "repository", store=False)
+    project.edit(repository, project.TRIED)
     project.run(repository, "dvc", "repro", "plot")
     done = check(repository)
     assert done.returncode == 1
