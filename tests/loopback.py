@@ -4,6 +4,7 @@ import os
 import signal
 import socket
 import subprocess
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping
@@ -59,6 +60,22 @@ def running(
         with suppress(ProcessLookupError):
             os.killpg(server.process.pid, signal.SIGTERM)
         server.process.wait(NEVER)
+
+
+@contextmanager
+def silent() -> Iterator[tuple[int, list[object]]]:
+    """Accept all connections and never answer; give the port, and a list that grows with each connection."""
+    accepted: list[object] = []
+
+    def accept() -> None:
+        with suppress(OSError):  # the end
+            while True:
+                accepted.append(listener.accept())
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=accept, daemon=True).start()
+        yield int(listener.getsockname()[1]), accepted
+        listener.shutdown(socket.SHUT_RDWR)
 
 
 def _answers(url: str) -> bool:
