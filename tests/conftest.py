@@ -16,6 +16,16 @@ from tests import project
 ROOT = Path(__file__).parents[1]
 # Two of pytest's processes share the cores. By default, a thread that waits keeps its core busy.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# The files that take longest, so that they start first. The second needs no repository while the first one makes it.
+FIRST = ("test_server", "test_predict", "test_experiments", "test_verify", "test_runs", "test_pipeline")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.loadscopereorder = False  # pytest-xdist would begin with the files of the most tests
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST))
 
 
 @pytest.fixture(scope="session")
