@@ -39,8 +39,8 @@ from mnist_mlp import UserError, cpu, data, lineage, net, study, training
 from mnist_mlp.params import Params
 
 ADDRESS = "DASK_SCHEDULER_ADDRESS"
-WAIT = 15.0  # seconds for a scheduler to answer, and for a worker to be there
-GOES_ON = "the runs that have ended are kept"
+WAIT = 10.0  # seconds for a scheduler to answer, and for a worker to be there
+GO_ON = "then run this again: finished runs are kept"
 
 
 def train_run(config: Params, raw: Path = data.RAW) -> study.Run:
@@ -102,8 +102,8 @@ def run_all(configs: Sequence[Params]) -> Iterator[tuple[int, study.Run]]:
             if fit or checks:
                 deadline = time.monotonic() + WAIT
             elif time.monotonic() > deadline:
-                there = "a worker that can take a run" if threads else "a worker"
-                raise UserError(f"{_where()} is without {there} for {WAIT:.0f} s; start one, and this again: {GOES_ON}")
+                which = "no worker that can take a run" if threads else "no worker"
+                raise UserError(f"{_where()} has {which}; start one, {GO_ON}")
             if not fit:  # Dask gives a run to the workers that were fit when it was submitted, and all of them are gone
                 waiting.extendleft(running.values())
                 running.clear()
@@ -137,14 +137,14 @@ def _client(runs: int) -> Iterator[Client]:
                 yield client
         else:
             workers = {"n_workers": min(runs, CPU_COUNT), "threads_per_worker": 1, "silence_logs": logging.CRITICAL}
-            private = {"host": "127.0.0.1", "dashboard_address": None, "security": True}  # TLS
+            private = {"host": "127.0.0.1", "dashboard_address": None, "security": True}  # with TLS
             on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the workers inherit: Ctrl-C is ours
             with LocalCluster(**workers, **private) as cluster, Client(cluster) as client:
                 signal.signal(signal.SIGINT, on_interrupt)
                 yield client
     except (OSError, CancelledError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{_where()} does not answer ({reason}); start it, and this again: {GOES_ON}") from None
+        raise UserError(f"{_where()} does not answer ({reason}); start it, {GO_ON}") from None
 
 
 def _where() -> str:

@@ -1,6 +1,7 @@
 """MLflow's model registry: versions of ``mnist-mlp``, and the one to use, which bears the alias ``champion``."""
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -98,8 +99,9 @@ def _champion() -> str | None:
 
 def _usable(version: ModelVersion) -> bool:
     """Look whether the version's files are there; they can be lost, and a new version then takes its place."""
-    if version.model_id:
-        return tracking.is_whole(version.model_id)
+    logged = re.search(r"\bm-[0-9a-f]{32}\b", version.source or "")  # where it is; MLflow does not fill in `model_id`
+    if logged:
+        return tracking.is_whole(logged[0])
     try:  # a version that was made by hand, from files
         return bool(mlflow.artifacts.list_artifacts(artifact_uri=f"models:/{NAME}/{version.version}"))
     except (MlflowException, OSError):

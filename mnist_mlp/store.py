@@ -28,6 +28,7 @@ EXPERIMENT = "mnist"
 STUDY = "mnist-study"  # an experiment of its own: its hundred runs would hide the pipeline's
 PUBLISHED_RUN = "published"
 SQLITE = "sqlite:///"
+CHOSEN = os.environ.get("MLFLOW_TRACKING_URI", "")  # by the user; MLflow itself sets the variable later
 
 
 def uri() -> str:
@@ -90,11 +91,10 @@ def experiment_id(name: str = EXPERIMENT) -> str:
 
 def page(experiment: str = EXPERIMENT) -> str:
     """Say where to look at the runs of an experiment. MLflow's own start page is for language models."""
-    address = os.environ.get("MLFLOW_TRACKING_URI", "")
     runs = f"#/experiments/{experiment_id(experiment)}?workflowType=machine_learning"
-    if address.startswith("http"):
-        return f"{first_line(address).rstrip('/')}/{runs}"
-    start = "mlflow ui" + (' --backend-store-uri "$MLFLOW_TRACKING_URI"' if address else "")
+    if CHOSEN.startswith("http"):
+        return f"{first_line(CHOSEN).rstrip('/')}/{runs}"
+    start = "mlflow ui" + (' --backend-store-uri "$MLFLOW_TRACKING_URI"' if CHOSEN else "")
     return f"http://127.0.0.1:5000/{runs} (source .venv/bin/activate && {start})"
 
 

@@ -35,7 +35,7 @@ def main() -> None:
             write(KEPT / f"{key}.json", json.dumps(run._asdict()))
             runs[key] = run
             bar.update()
-            bar.set_postfix_str(f"mean accuracy {_mean(runs)}")
+            bar.set_postfix_str(_mean(runs))
             if bar.disable:
                 print(_line(config, member, run), flush=True)
 
@@ -44,7 +44,8 @@ def main() -> None:
 
 
 def _mean(runs: dict[str, study.Run]) -> str:
-    return f"{statistics.mean(float(run.metrics['accuracy']) for run in runs.values() if run.metrics):.2%}"
+    accuracies = [float(run.metrics["accuracy"]) for run in runs.values() if run.metrics]
+    return f"mean accuracy {statistics.mean(accuracies):.2%}" if accuracies else "all diverged"
 
 
 def _line(config: Params, member: Params, run: study.Run) -> str:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 # Two of pytest's processes share the cores. By default, a thread that waits keeps its core busy.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # The files that take longest, so that they start first. The second needs no repository while the first one makes it.
-FIRST = ("test_server", "test_predict", "test_experiments", "test_verify", "test_runs", "test_pipeline")
+FIRST = ("test_server", "test_predict", "test_experiments", "test_study", "test_verify", "test_runs", "test_pipeline")
 
 
 def pytest_configure(config: pytest.Config) -> None:

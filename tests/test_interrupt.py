@@ -1,4 +1,4 @@
-"""Ctrl-C while a command still imports its libraries."""
+"""Ctrl-C at the worst moments: while a command imports its libraries, and while MLflow writes to SQLite."""
 
 import os
 import signal
@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from tests import project
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,3 +30,30 @@ def test_ctrl_c_during_the_imports_ends_a_command_without_a_traceback(
     env = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     done = subprocess.run([sys.executable, "-m", command], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
+# Ctrl-C when SQLite has written a metric and not yet let go of its lock.
+IN_A_WRITE = """
+import os, signal
+from sqlalchemy import engine, event
+from mnist_mlp import params, run_command, tracking
+
+def interrupt(connection, cursor, statement, *more):
+    if statement.startswith("INSERT INTO metrics"):
+        event.remove(engine.Engine, "after_cursor_execute", interrupt)
+        os.kill(os.getpid(), signal.SIGINT)
+
+def main():
+    with tracking.new_run(params.load()) as run:
+        event.listen(engine.Engine, "after_cursor_execute", interrupt)
+        run.log_epoch(0, {"train_loss": 1.0})
+
+run_command(main)
+"""
+
+
+def test_ctrl_c_in_the_write_of_a_metric_ends_the_run_as_killed(finished: Path, tmp_path: Path) -> None:
+    folder = project.copy(finished, tmp_path / "repository")
+    done = project.run(folder, sys.executable, "-c", IN_A_WRITE, check=False)
+    assert (done.returncode, done.stderr) == (130, "")
+    assert project.runs(folder)[0].info.status == "KILLED"

@@ -171,7 +171,7 @@ def test_what_is_accepted_is_one_value_to_the_stages_to_dvc_and_to_yaml_1_1(
         return
     dvc = {f"{section}.{k}": v for section, keys in load_yaml(folder / "params.yaml").items() for k, v in keys.items()}
     old = {f"{section}.{k}": v for section, keys in yaml.safe_load(content).items() for k, v in keys.items()}
-    assert ours == dvc
+    assert ours == {name: value for name, value in dvc.items() if not name.startswith("study.")}
     for name, value in ours.items():
         if isinstance(value, float):  # `lr: 1` is the number 1.0 to a stage; `1e-3` is a string to YAML 1.1
             assert type(dvc[name]) in (int, float)

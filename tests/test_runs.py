@@ -1,5 +1,6 @@
 """What an MLflow run is: one state of code, parameters and model, complete, and mended by one command."""
 
+import os
 import shutil
 import signal
 import sys
@@ -10,7 +11,7 @@ import mlflow
 import pytest
 from mlflow.entities import Run
 
-from mnist_mlp import registry
+from mnist_mlp import registry, store
 from tests import project, stopping
 
 TRACK = (sys.executable, "-m", "stages.track")
@@ -82,7 +83,7 @@ def test_other_parameters_of_later_stages_are_another_run_of_the_same_model(repo
 def test_another_code_is_another_run_with_the_change_that_is_not_committed(repository: Path) -> None:
     (before,) = project.runs(repository)
     evaluate = repository / "stages/evaluate.py"
-    evaluate.write_text(evaluate.read_text().replace("    metrics = {\n", '    metrics = {\n        "twice": 2.0,\n'))
+    evaluate.write_text(evaluate.read_text().replace("    # Lists", '    metrics["twice"] = 2.0\n    # Lists'))
     (repository / "stages/new.py").write_text("NEW = 1\n")
     (repository / "data/own.png").write_bytes(b"read by no stage")
     project.run(repository, "dvc", "repro")
@@ -90,7 +91,7 @@ def test_another_code_is_another_run_with_the_change_that_is_not_committed(repos
     assert old.data.to_dictionary() == before.data.to_dictionary()
     assert_complete(repository, new)
     patch = Path(client(repository).download_artifacts(new.info.run_id, "uncommitted.patch")).read_text()
-    assert '+        "twice": 2.0,' in patch
+    assert '+    metrics["twice"] = 2.0' in patch
     assert "+NEW = 1" in patch
     assert "own.png" not in patch
     assert "params.yaml" not in patch
@@ -151,6 +152,12 @@ def no_registry(folder: Path) -> None:
     client(folder).delete_registered_model("mnist-mlp")
 
 
+def cut_model(folder: Path) -> None:
+    """As a full disk or a killed process leaves it; MLflow notices neither."""
+    (model,) = (folder / "mlruns").rglob("*.pt2")
+    os.truncate(model, 5000)
+
+
 def deleted_run(folder: Path) -> None:
     (run,) = project.runs(folder)
     client(folder).delete_run(run.info.run_id)
@@ -169,13 +176,44 @@ def test_one_command_heals_the_store(repository: Path) -> None:
 
 
 def test_one_command_heals_whatever_is_missing_in_the_store(repository: Path) -> None:
-    damages: list[Callable[[Path], None]] = [no_alias, no_version, no_registry, deleted_run]
+    damages: list[Callable[[Path], None]] = [no_alias, no_version, no_registry, deleted_run, cut_model]
     for damage in damages:
         damage(repository)
         project.run(repository, *TRACK)
         assert_complete(repository, project.runs(repository)[0])
         version = client(repository).get_model_version("mnist-mlp", alias(repository))
         assert version.tags["model.md5"] == project.runs(repository)[0].data.tags["model.md5"], damage
+    assert champion(repository) == alias(repository)  # it loads
+
+
+def test_a_model_whose_storing_was_interrupted_is_stored_again(repository: Path) -> None:
+    """The process ends when the model's files are there and before they are known to be all."""
+    no_store(repository)
+    script = """if True:
+        import mlflow, os, runpy, sys
+        mlflow.MlflowClient.set_logged_model_tags = lambda *_: os._exit(9)
+        sys.argv = ["stages/track.py"]
+        runpy.run_module("stages.track", run_name="__main__")"""
+    assert project.run(repository, sys.executable, "-c", script, check=False).returncode == 9
+    project.run(repository, *TRACK)
+    new, old = project.runs(repository)
+    assert (old.info.status, new.info.status) == ("KILLED", "FINISHED")
+    assert_complete(repository, new)
+    version = client(repository).get_model_version("mnist-mlp", alias(repository))
+    assert model_id(new) in str(version.source)
+    assert len(client(repository).search_model_versions("name = 'mnist-mlp'")) == 1
+
+
+def test_a_version_leads_to_a_complete_run_also_if_an_interrupted_one_has_stored_its_model(repository: Path) -> None:
+    (first,) = project.runs(repository)
+    client(repository).delete_tag(first.info.run_id, "dvc.lock.md5")
+    project.edit(repository, {"evaluate.target_accuracy": 0.6})
+    project.run(repository, "dvc", "repro", "evaluate")
+    project.run(repository, "dvc", "repro")
+    second = project.runs(repository)[0]
+    assert second.info.run_id != first.info.run_id
+    assert model_id(second) == model_id(first)
+    assert client(repository).get_model_version("mnist-mlp", "1").tags["run"] == second.info.run_id
 
 
 def test_going_back_trains_nothing_again_and_stages_from_the_cache_are_a_run_too(
@@ -247,12 +285,15 @@ def better(folder: Path) -> str:
     return str(mlflow.register_model(f"models:/{model_id(run)}", "mnist-mlp", tags={"accuracy": "0.999"}).version)
 
 
-def test_a_champion_set_by_hand_without_figures_gives_way_to_a_better_one(repository: Path) -> None:
-    project.run(repository, *TRACK)
+@pytest.mark.parametrize("accuracy", [None, "97.9 %", "nan"])
+def test_a_champion_set_by_hand_without_figures_gives_way_to_a_better_one(
+    repository: Path, accuracy: str | None
+) -> None:
     found = client(repository)
     run = found.create_run(project.runs(repository)[0].info.experiment_id)
     found.log_text(run.info.run_id, "by hand", "model/MLmodel")
-    unknown = found.create_model_version("mnist-mlp", f"{run.info.artifact_uri}/model", run.info.run_id)
+    tags = {"accuracy": accuracy} if accuracy else None
+    unknown = found.create_model_version("mnist-mlp", f"{run.info.artifact_uri}/model", run.info.run_id, tags)
     found.set_registered_model_alias("mnist-mlp", "champion", unknown.version)
     project.run(repository, *TRACK)
     assert alias(repository) == "1"
@@ -291,3 +332,25 @@ def test_the_published_history_is_a_run_and_no_candidate(repository: Path) -> No
     found.delete_run(published.info.run_id)
     project.run(repository, *TRACK)
     assert found.search_runs(*query) == []
+
+
+def test_the_published_run_is_completed_after_a_kill_and_kept_once(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And of two clones that come to a new store at once, none fails."""
+    monkeypatch.chdir(repository)
+    monkeypatch.setattr(store, "ROOT", repository)
+    found = client(repository)
+    other = found.create_experiment(
+        "other", artifact_location="mlflow-artifacts:/7"
+    )  # a server's, on the same database
+    found.create_run(other, run_name="published")
+    looks = iter([None])
+    look = mlflow.get_experiment_by_name
+    monkeypatch.setattr(mlflow, "get_experiment_by_name", lambda name: next(looks, look(name)))
+    store.connect("other")
+    found.create_run(other, run_name="published")
+    store.connect("other")
+    (published,) = [run for run in found.search_runs([other]) if run.data.metrics]
+    assert len(found.get_metric_history(published.info.run_id, "test_acc")) == 20
+    assert found.get_experiment(other).artifact_location == "mlflow-artifacts:/7"

@@ -73,8 +73,11 @@ def test_the_pipeline_works_unchanged_and_its_results_outlive_the_server(
     env = project.environment(MLFLOW_TRACKING_URI=f"http://127.0.0.1:{port}")
 
     with server(postgres, tmp_path, port) as mlflow_server:
+        mlflow.MlflowClient(f"http://127.0.0.1:{port}").create_experiment("another team's")
         project.run(repository, "dvc", "repro", "--force", "train", env=env)
-        project.run(repository, *TRACK, env=env)
+        output = project.run(repository, *TRACK, env=env).stdout
+        identity = runs(port)[0].info.experiment_id
+        assert f"http://127.0.0.1:{port}/#/experiments/{identity}?workflowType=machine_learning" in output
         assert project.contents(repository) == project.contents(finished)
         assert not (repository / "mlflow.db").exists()
         (run,) = runs(port)

@@ -64,7 +64,7 @@ def test_a_figure_that_does_not_come_out_again_is_shown_with_both_values(reposit
     project.edit(repository, {"train.lr": 0.05})
     (repository / "stages/train.py").write_text("raise SystemExit")
     project.commit(repository)
-    (repository / MODEL).unlink()
+    shutil.rmtree(repository / "results")
 
     done = verify(repository, run.info.run_id)
     assert done.returncode == 1, done.stderr
@@ -169,16 +169,25 @@ def test_a_commit_whose_file_does_not_come_out_again_is_different(finished: Path
     pipeline, lock = repository / "dvc.yaml", repository / "dvc.lock"
     copies = f"cmd: rm -rf results && cp -r {finished}/results ."
     pipeline.write_text(re.sub(r"cmd: python -m stages\.(train|evaluate|plot)", copies, pipeline.read_text()))
-    (digest,) = re.findall(r"path: results/plots/test_acc.png\n *hash: md5\n *md5: (\w+)", lock.read_text())
+    (digest,) = re.findall(r"path: results/plots/wrong_digits.png\n *hash: md5\n *md5: (\w+)", lock.read_text())
     lock.write_text(lock.read_text().replace(digest, "f" * 32))
     project.commit(repository)
     project.edit(repository, {"train.lr": 0.05})
     project.commit(repository)
     done = verify(repository, "HEAD~")
     assert done.returncode == 1, done.stderr
-    assert done.stdout.splitlines()[-1] == f"results/plots/test_acc.png is {'f' * 32} in dvc.lock, {digest} here"
+    assert done.stdout.splitlines()[-1] == f"results/plots/wrong_digits.png is {'f' * 32} in dvc.lock, {digest} here"
     done = verify(repository, "HEAD~2~1")
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+
+
+def test_a_commit_with_other_results_in_git_than_in_dvc_lock_is_different(repository: Path) -> None:
+    metrics = repository / "results/metrics.json"
+    metrics.write_text(re.sub(r'"accuracy": [0-9.]+', '"accuracy": 0.9999', metrics.read_text()))
+    project.commit(repository)
+    done = verify(repository, "HEAD")
+    assert done.returncode == 1
+    assert re.match(r"different: commit \w+\nresults/metrics.json is \w+ in Git, \w+ in dvc.lock\n$", done.stdout)
 
 
 def test_a_broken_store_is_no_answer(repository: Path) -> None:
