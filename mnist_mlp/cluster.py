@@ -41,6 +41,12 @@ from mnist_mlp.params import Params
 ADDRESS = "DASK_SCHEDULER_ADDRESS"
 WAIT = 10.0  # seconds for a scheduler to answer, and for a worker to be there
 GO_ON = "then run this again: finished runs are kept"
+# Dask's defaults make a training 25 % slower: its workers give every freed block back to the system, and a thread looks
+# every 10 ms at what the worker does (python -m tests.benchmark_study).
+SPEED = {
+    "distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": None,
+    "distributed.worker.profile.enabled": False,
+}
 
 
 def train_run(config: Params, raw: Path = data.RAW) -> study.Run:
@@ -137,9 +143,9 @@ def _client(runs: int) -> Iterator[Client]:
                 yield client
         else:
             workers = {"n_workers": min(runs, CPU_COUNT), "threads_per_worker": 1, "silence_logs": logging.CRITICAL}
-            private = {"host": "127.0.0.1", "dashboard_address": None, "security": True}  # with TLS
+            private = {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0", "security": True}  # a free port; TLS
             on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the workers inherit: Ctrl-C is ours
-            with LocalCluster(**workers, **private) as cluster, Client(cluster) as client:
+            with dask.config.set(SPEED), LocalCluster(**workers, **private) as cluster, Client(cluster) as client:
                 signal.signal(signal.SIGINT, on_interrupt)
                 yield client
     except (OSError, CancelledError) as error:

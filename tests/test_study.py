@@ -6,10 +6,12 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import mlflow
@@ -156,7 +158,13 @@ def test_a_study_that_is_killed_goes_on_with_the_missing_runs(studied: Path, rep
     process.wait()
     saved = len(list(kept.glob("*.json")))
     assert not (repository / study.RUNS).exists()
-    assert trained(project.run(repository, *REPLICATE).stdout) == (SEEDS, SEEDS - saved)
+    with socket.socket() as other:
+        with suppress(OSError):  # another process has it already
+            other.bind(("127.0.0.1", 8787))
+            other.listen()
+        done = project.run(repository, *REPLICATE)
+    assert trained(done.stdout) == (SEEDS, SEEDS - saved)
+    assert done.stderr == ""  # no warning: Dask's usual port belongs to another program
     assert rows(repository) == rows(studied)
 
 
@@ -185,9 +193,11 @@ class Cluster:
         self.processes: list[subprocess.Popen[bytes]] = []
         self.file = folder / "scheduler.json"
         self.start("scheduler", "--port", "0", "--scheduler-file", str(self.file), "--no-dashboard")
-        while not self.file.exists():
+        address = ""
+        while not address:  # Dask writes the file bit by bit
             time.sleep(0.01)
-        address: str = json.loads(self.file.read_text())["address"]
+            with suppress(OSError, ValueError):
+                address = json.loads(self.file.read_text())["address"]
         self.env = project.environment(DASK_SCHEDULER_ADDRESS=address)
 
     def start(self, kind: str, *options: str) -> subprocess.Popen[bytes]:
@@ -392,6 +402,16 @@ def test_settings_are_compared_by_seed_and_a_diverged_run_is_a_result(repository
     words = project.run(repository, *TRACK).stdout
     assert "Warning: this is the test set" in words
     assert f"{SEEDS} diverged" in words
+
+
+def test_a_study_whose_runs_all_diverge_is_a_study(repository: Path) -> None:
+    project.edit(repository, {"study.seeds": 2, "train.lr": 10.0})
+    done = project.run(repository, *STUDY)
+    assert "train.seed 2: diverged" in done.stdout
+    (found,) = json.loads((repository / study.SUMMARY).read_text())["settings"]
+    assert (found["runs"], found["diverged"], found["accuracy"]["mean"]) == (2, 2, None)
+    words = project.run(repository, *TRACK).stdout
+    assert "0 of 2 runs reach 50.00% (95 % interval of the share 0.00% to 65.76%)" in words
 
 
 def test_with_a_validation_set_settings_and_champion_are_chosen_by_it(repository: Path) -> None:
