@@ -1,6 +1,7 @@
 """What users do with the pipeline, as they do it: real DVC, real MLflow store, real MNIST."""
 
 import json
+import os
 import pickle
 import shutil
 import signal
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import yaml
 
-from mnist_mlp import UserError, data, net, study
+from mnist_mlp import UserError, data, net, store, study, write
 from tests import project, stopping
 
 ONE_STAGE = ("dvc", "repro", "--force", "--single-item")
@@ -241,6 +242,28 @@ def test_a_store_that_is_no_database_is_reported_in_one_line(repository: Path) -
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
     assert done.stderr.startswith(f"track: MLflow at sqlite:///{repository}/mlflow.db refuses: ")
     assert "not a database" in done.stderr
+
+
+@pytest.mark.parametrize("uri", ["sqlite://", "sqlite:///:memory:"])
+def test_a_store_in_memory_is_refused(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each stage would have one of its own, and all would be lost."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with pytest.raises(UserError, match=r"MLFLOW_TRACKING_URI names a store in memory, .*; name a file or a server"):
+        store.connect()
+
+
+def test_two_processes_may_write_one_file_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other one writes when ours is written, but does not have its name yet."""
+    file = tmp_path / "file"
+    script = f"import pathlib, mnist_mlp; mnist_mlp.write(pathlib.Path({str(file)!r}), 'theirs')"
+
+    def other(_: int) -> None:
+        project.run(project.REPOSITORY, sys.executable, "-c", script)
+        assert file.read_text() == "theirs"
+
+    monkeypatch.setattr(os, "fsync", other)
+    write(file, "ours")
+    assert {path: path.read_text() for path in tmp_path.iterdir()} == {file: "ours"}
 
 
 def test_no_run_is_left_running(repository: Path) -> None:

@@ -14,14 +14,19 @@ from tests import project
 
 def test_each_plot_is_drawn_from_our_history_and_the_published_one(finished: Path, tmp_path: Path) -> None:
     folder = project.copy(finished, tmp_path / "repository", store=False)
-    before = (folder / "results/plots/test_acc.png").read_bytes()
-    for name in ("data/published_history.csv", "results/history.csv"):
-        good = (folder / name).read_text()
+    names = ("train_loss", "train_acc", "test_loss", "test_acc")
+
+    def drawn() -> list[bytes]:
+        return [(folder / f"results/plots/{name}.png").read_bytes() for name in names]
+
+    before = drawn()
+    for path in ("data/published_history.csv", "results/history.csv"):
+        good = (folder / path).read_text()
         *rows, last = good.splitlines()
-        (folder / name).write_text("\n".join([*rows, f"{last.rpartition(',')[0]},0.5"]) + "\n")
+        (folder / path).write_text("\n".join([*rows, last.partition(",")[0] + 4 * ",0.5"]) + "\n")
         project.run(folder, sys.executable, "-m", "stages.plot")
-        assert (folder / "results/plots/test_acc.png").read_bytes() != before
-        (folder / name).write_text(good)
+        assert not set(before) & set(drawn())
+        (folder / path).write_text(good)
 
 
 def test_the_published_curve_is_the_published_history() -> None:
@@ -54,6 +59,11 @@ def test_wrong_digits_are_shown_the_most_confident_first(finished: Path, mnist: 
     predictions = np.genfromtxt(finished / "results/predictions.csv", delimiter=",", names=True)
     wrong = predictions[predictions["actual"] != predictions["predicted"]]
     expected = sorted(wrong["probability"], reverse=True)[:count]
-    figure = plot.wrong_digits(data.load("t10k", mnist)[0], predictions, count)
-    titles = [axes.get_title() for axes in figure.axes if axes.get_title()]
+    images = data.load("t10k", mnist)[0]
+    shown = [axes for axes in plot.wrong_digits(images, predictions, count).axes if axes.get_title()]
+    titles = [axes.get_title() for axes in shown]
     assert [title.splitlines()[1] for title in titles] == [f"{probability:.2%}" for probability in expected]
+    for axes in shown:
+        (index,) = np.flatnonzero((images == np.asarray(axes.images[0].get_array())).all((1, 2)))
+        actual, predicted, probability = predictions[index].item()
+        assert axes.get_title() == f"{actual:.0f} taken for {predicted:.0f}\n{probability:.2%}"

@@ -105,12 +105,13 @@ def test_any_other_layers_train_by_the_same_loop(train_set: training.Dataset) ->
     assert epochs[1]["test_acc"] > 0.7
 
 
-def test_the_layer_takes_and_differentiates_whatever_nn_linear_does() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_layer_takes_and_differentiates_whatever_nn_linear_does(dtype: torch.dtype) -> None:
     """Any number of leading dimensions, none too, with and without bias, and inputs that need no gradient."""
-    ours, theirs = net.Linear(6, 4), nn.Linear(6, 4)
+    ours, theirs = net.Linear(6, 4, dtype=dtype), nn.Linear(6, 4, dtype=dtype)
     ours.load_state_dict(theirs.state_dict())
     for shape in [(6,), (5, 6), (2, 3, 6), (0, 6)]:
-        inputs = torch.randn(shape)
+        inputs = torch.randn(shape, dtype=dtype)
         for needed in (True, False):
             a, b = (inputs.clone().requires_grad_(needed) for _ in range(2))
             for layer, value in ((ours, a), (theirs, b)):

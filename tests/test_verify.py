@@ -11,7 +11,7 @@ import mlflow
 import pytest
 import torch
 
-from mnist_mlp import MODEL, net, params, registry, store
+from mnist_mlp import MODEL, net, params, registry, store, tracking
 from mnist_mlp import verify as verification
 from tests import project
 
@@ -85,6 +85,7 @@ def test_a_run_is_proved_with_code_that_is_committed_only_after_it_and_nothing_i
         .replace("    metrics = {\n", '    metrics = {\n        "twice": new.TWICE,\n')
         .replace("from mnist_mlp import ", "from mnist_mlp import new, ")
     )
+    project.edit(repository, {"plot.dpi": 90})
     project.run(repository, "dvc", "repro")
     project.commit(repository)
     new, _ = project.runs(repository)
@@ -96,6 +97,20 @@ def test_a_run_is_proved_with_code_that_is_committed_only_after_it_and_nothing_i
     commit = new.data.tags["git.commit"]
     assert f"identical: run {new.info.run_id}, commit {commit[:10]}, every figure and byte" in done.stdout
     assert files(repository) == before
+
+    artifacts = Path(new.info.artifact_uri.replace("file://" + str(repository), str(repository)))
+    lock = artifacts / "dvc.lock"
+    (digest,) = re.findall(r"md5: (\w+)\n *path: results/plots/wrong_digits.png", lock.read_text())
+    lock.write_text(lock.read_text().replace(digest, "f" * 32))
+    done = verify(repository, new.info.run_id)
+    assert done.returncode == 1, done.stderr
+    assert f"results/plots/wrong_digits.png is {'f' * 32} in the run, {digest} here" in done.stdout
+
+    with (artifacts / tracking.PATCH).open("a") as patch:
+        patch.write("\n")
+    done = verify(repository, new.info.run_id)
+    line = f"verify: run {new.info.run_id}: its {tracking.PATCH} is damaged\n"
+    assert (done.returncode, done.stderr) == (2, line)
 
 
 def test_a_run_whose_code_is_unknown_is_refused(repository: Path, refusal: Callable[[Path, str], str]) -> None:
@@ -196,10 +211,33 @@ def test_a_broken_store_is_no_answer(repository: Path) -> None:
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
 
 
+def test_an_error_that_nobody_expects_is_no_answer_and_named(
+    repository: Path, refusal: Callable[[Path, str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Status 1 would mean 'different'; and the text of a KeyError says little."""
+    monkeypatch.setattr(verification, "verify_run", {}.__getitem__)
+    assert refusal(repository, CHAMPION) == f"verify: KeyError: '{CHAMPION}'\n"
+
+
+def test_a_run_whose_files_are_lost_is_no_answer_but_advice_that_works(repository: Path) -> None:
+    (lost,) = project.runs(repository)
+    shutil.rmtree(repository / "mlruns")
+    done = verify(repository, CHAMPION)
+    line = f"verify: the files of run {lost.info.run_id} are lost; `make track` makes a run of the present results\n"
+    assert (done.returncode, done.stderr) == (2, line)
+    project.run(repository, sys.executable, "-m", "stages.track")
+    new, _ = project.runs(repository)
+    assert verification._find(CHAMPION).info.run_id == new.info.run_id
+    assert {artifact.path for artifact in mlflow.MlflowClient().list_artifacts(new.info.run_id)} >= {"dvc.lock"}
+
+
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        ("0123456789abcdef0123456789abcdef", "Run with id=0123456789abcdef0123456789abcdef not found"),
+        (
+            "0123456789abcdef0123456789abcdef",
+            "Run with id=0123456789abcdef0123456789abcdef not found; `make track` makes a run of the present results",
+        ),
         ("models:/mnist-mlp@nobody", "alias nobody not found"),
         (
             "models:/mnist-mlp",
