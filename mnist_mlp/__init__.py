@@ -53,9 +53,10 @@ def run_command(main: Callable[[], object]) -> None:
     try:
         main()
     except (UserError, OSError) as error:
-        # DVC removes a stage's results before it runs the stage, and keeps a copy in its cache.
-        results = (MODEL, HISTORY, METRICS, PREDICTIONS)
-        removed = "DVC_STAGE" in os.environ and not all(path.exists() for path in results)
+        # DVC removes a stage's results before it runs the stage, and keeps a copy in its cache. But not here in an
+        # experiment that works in a copy, nor by a stage of the study: those have a colon in their names.
+        here = Path.cwd() == ROOT and ":" not in os.environ.get("DVC_STAGE", ":")
+        removed = here and not all(path.exists() for path in (MODEL, HISTORY, METRICS, PREDICTIONS))
         hint = "; when this is mended, `dvc repro` restores what this machine has computed before" if removed else ""
         sys.exit(f"{Path(sys.argv[0]).stem}: {error}{hint}")
     except (MemoryError, RuntimeError) as error:

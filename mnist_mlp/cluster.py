@@ -12,9 +12,10 @@ import signal
 import sys
 import time
 import zipfile
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,9 @@ from mnist_mlp import UserError, cpu, data, lineage, net, study, training
 from mnist_mlp.params import Params
 
 ADDRESS = "DASK_SCHEDULER_ADDRESS"
+PLUGIN = "mnist-mlp"
 WAIT = 10.0  # seconds for a scheduler to answer, and for a worker to be there
+DEATHS = 3  # of workers in the same run, after which it is to blame
 GO_ON = "then run this again: finished runs are kept"
 # Dask's defaults make a training 25 % slower: its workers give every freed block back to the system, and a thread looks
 # every 10 ms at what the worker does (python -m tests.benchmark_study).
@@ -84,48 +87,54 @@ def run_all(configs: Sequence[Params]) -> Iterator[tuple[int, study.Run]]:
         The position in ``configs``, and the run, in the order in which the runs end.
 
     Raises:
-        UserError: there is no scheduler, no fit worker, or a run that ends every worker which tries it.
+        UserError: there is no scheduler, no fit worker, or a run in which one worker after the other dies.
     """
     expected = fingerprint(configs[0])
     waiting = deque(range(len(configs)))
-    running: dict[Future[Any], int] = {}
-    checks: dict[Future[Any], str] = {}
-    known: set[str] = set()  # addresses of workers
+    tasks: dict[str, tuple[Future[Any], int | None]] = {}  # by address of the worker: a run, or None for its check
+    known: set[str] = set()  # addresses of the workers that are there
     fit: set[str] = set()
+    died: Counter[int | None] = Counter()
     with _client(len(configs)) as client:
         folder = _bring_project(client)
-        deadline = time.monotonic() + WAIT
-        while waiting or running:
+        deadline = time.monotonic() + _patience()
+        while waiting or any(index is not None for _, index in tasks.values()):
             threads = client.nthreads()  # of each worker that is there now, by address
             for address in threads.keys() - known:
                 if threads[address] == 1:
-                    checks[_submit(client, "check_worker", folder, configs[0], [address])] = address
+                    tasks[address] = _submit(client, "check_worker", folder, configs[0], address), None
                 else:
                     _leave_out(address, f"it has {threads[address]} threads, start it with --nthreads 1")
-            known |= threads.keys()
-            fit &= threads.keys()
-            checks = {check: address for check, address in checks.items() if address in threads}
-            if fit or checks:
-                deadline = time.monotonic() + WAIT
+            known = set(threads)
+            fit &= known
+            for address in tasks.keys() - known:  # another worker repeats the run
+                _, index = tasks.pop(address)
+                died[index] += 1
+                if index is not None:
+                    waiting.appendleft(index)
+                if died[index] >= DEATHS and not (index is None and fit):
+                    raise _deadly(None if index is None else configs[index])
+            if tasks or fit:
+                deadline = time.monotonic() + _patience()
             elif time.monotonic() > deadline:
                 which = "no worker that can take a run" if threads else "no worker"
                 raise UserError(f"{_where()} has {which}; start one, {GO_ON}")
-            if not fit:  # Dask gives a run to the workers that were fit when it was submitted, and all of them are gone
-                waiting.extendleft(running.values())
-                running.clear()
-            while waiting and len(running) < len(fit):
-                index = waiting.popleft()
-                running[_submit(client, "run_on_worker", folder, configs[index], list(fit))] = index
+            for address in fit - tasks.keys():
+                if waiting:
+                    index = waiting.popleft()
+                    tasks[address] = _submit(client, "run_on_worker", folder, configs[index], address), index
 
-            for future in _done([*running, *checks]):
-                if future in checks:
-                    address = checks.pop(future)
-                    if problem := _difference(future, expected):
-                        _leave_out(address, problem)
-                    else:
-                        fit.add(address)
+            ended = _done([future for future, _ in tasks.values()])
+            for address, (future, index) in list(tasks.items()):
+                if future not in ended:
+                    continue
+                del tasks[address]
+                if index is not None:
+                    yield index, _result(future, configs[index])
+                elif problem := _difference(future, expected):
+                    _leave_out(address, problem)
                 else:
-                    yield running.pop(future), _result(future)
+                    fit.add(address)
 
 
 @contextmanager
@@ -135,22 +144,45 @@ def _client(runs: int) -> Iterator[Client]:
     Raises:
         UserError: no scheduler answers, or it is lost later.
     """
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what matters is said in one line
+    for name in ("distributed", "distributed.client"):  # what matters is said in one line
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     address = dask.config.get("scheduler-address", None)
     try:
         if address:
-            with Client(address, timeout=WAIT) as client:
+            with _connect(str(address)) as client:
                 yield client
         else:
             workers = {"n_workers": min(runs, CPU_COUNT), "threads_per_worker": 1, "silence_logs": logging.CRITICAL}
             private = {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0", "security": True}  # a free port; TLS
-            on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the workers inherit: Ctrl-C is ours
+            # Ctrl-C is ours. The workers inherit that it is blocked; what arrives meanwhile comes when it is not.
+            resource_tracker.ensure_running()  # Python's helper, at whose start it would be unblocked
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             with dask.config.set(SPEED), LocalCluster(**workers, **private) as cluster, Client(cluster) as client:
-                signal.signal(signal.SIGINT, on_interrupt)
-                yield client
+                try:
+                    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+                    yield client
+                except KeyboardInterrupt:
+                    signal.signal(signal.SIGINT, signal.SIG_IGN)
+                    tqdm.write("stopping Dask, which takes some seconds", file=sys.stderr)
+                    raise
     except (OSError, CancelledError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        lost = isinstance(error, CancelledError)
+        reason = "the connection is lost" if lost else " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{_where()} does not answer ({reason}); start it, {GO_ON}") from None
+
+
+def _connect(address: str) -> Client:
+    try:
+        return Client(address, timeout=WAIT)
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{_where()} has no address such as tcp://10.0.0.1:8786, or Dask's settings for TLS are missing ({error})"
+        ) from None
+
+
+def _patience() -> float:
+    """Say how long to wait for a worker, in seconds. Those on this machine come back by themselves."""
+    return WAIT if dask.config.get("scheduler-address", None) else 6 * WAIT
 
 
 def _where() -> str:
@@ -159,7 +191,7 @@ def _where() -> str:
 
 
 def _leave_out(address: str, problem: str) -> None:
-    tqdm.write(f"worker {address} is left out: {problem}", file=sys.stderr)
+    tqdm.write(f"worker {address} is left out: {' '.join(problem.split())}", file=sys.stderr)
 
 
 def pack() -> bytes:
@@ -178,11 +210,14 @@ def _bring_project(client: Client) -> str:
     """
 
     class Project(WorkerPlugin):
-        name = "mnist-mlp"  # a newer one takes the place of an older one
+        name = PLUGIN  # a newer one takes the place of an older one
 
         def setup(self, worker: Worker) -> None:
             folder = Path(worker.local_directory, digest)
-            zipfile.ZipFile(io.BytesIO(archive)).extractall(folder)
+            try:
+                zipfile.ZipFile(io.BytesIO(archive)).extractall(folder)
+            except Exception as error:  # such as a full disk; the check of this worker tells
+                self.problem = error
             sys.path.insert(0, str(folder))
             for module in [name for name in sys.modules if name.partition(".")[0] == "mnist_mlp"]:
                 del sys.modules[module]  # of an earlier study
@@ -193,34 +228,43 @@ def _bring_project(client: Client) -> str:
     return digest
 
 
-def _submit(client: Client, task: str, folder: str, config: Params, workers: list[str]) -> Future[Any]:
-    """Ask one of the workers for ``check_worker`` or ``run_on_worker``."""
+def _submit(client: Client, task: str, folder: str, config: Params, worker: str) -> Future[Any]:
+    """Ask a worker for ``check_worker`` or ``run_on_worker``."""
+    plugin = PLUGIN
 
     def on_worker(content: dict[str, Any]) -> Any:
+        if problem := vars(get_worker().plugins[plugin]).get("problem"):
+            raise problem
         from mnist_mlp import cluster  # the worker's own
 
         return getattr(cluster, task)(folder, content)
 
     content = config.model_dump(by_alias=True)
-    return client.submit(on_worker, content, workers=workers, allow_other_workers=False, pure=False)
+    return client.submit(on_worker, content, workers=[worker], allow_other_workers=False, pure=False)
 
 
-def _done(futures: list[Future[Any]]) -> list[Future[Any]]:
+def _done(futures: list[Future[Any]]) -> set[Future[Any]]:
     """Wait until one ends, but not for long: workers come and go."""
     if not futures:
         time.sleep(0.1)
-        return []
+        return set()
     try:
-        return list(wait(futures, timeout=1, return_when="FIRST_COMPLETED").done)
+        return set(wait(futures, timeout=1, return_when="FIRST_COMPLETED").done)
     except TimeoutError:
-        return []
+        return set()
 
 
-def _result(future: Future[Any]) -> study.Run:
+def _result(future: Future[Any], config: Params) -> study.Run:
     try:
         return study.Run(*future.result())
-    except KilledWorker as error:
-        raise UserError(f"a run has ended {error.allowed_failures + 1} workers, perhaps by too little memory") from None
+    except KilledWorker:  # Dask's own count, of a worker that dies and comes back at the same address
+        raise _deadly(config) from None
+
+
+def _deadly(config: Params | None) -> UserError:
+    what = f"the run {study.label(config)}" if config else "their check"
+    why = "perhaps by too little memory; start fewer on a machine"
+    return UserError(f"{DEATHS} workers have died in {what}, {why}, {GO_ON}")
 
 
 def _difference(check: Future[Any], expected: str) -> str | None:

@@ -54,12 +54,16 @@ def patch() -> bytes | None:
 
 
 def _code() -> list[str]:
-    """List the files and folders in Git that decide what the pipeline gives; parameters are recorded by themselves."""
+    """List the files and folders that decide what the pipeline gives, but for parameters, results and ignored files."""
     stages = read_stages(Path("dvc.yaml").read_bytes()).values()
     outputs = [next(iter(out)) if isinstance(out, dict) else out for stage in stages for out in _outputs(stage)]
     made = {place for output in outputs for place in (output, *map(str, Path(output).parents))}
     needed = {dependency for stage in stages for dependency in stage.get("deps", [])}
-    return sorted({"dvc.yaml", *needed} - made)
+    code = sorted({"dvc.yaml", *needed} - made)
+    ignored = (
+        git("check-ignore", "--", *code).stdout.decode().splitlines()
+    )  # data under `dvc add`, which has their hash
+    return [path for path in code if path not in ignored]
 
 
 def _outputs(stage: dict[str, Any]) -> list[Any]:
@@ -67,16 +71,15 @@ def _outputs(stage: dict[str, Any]) -> list[Any]:
 
 
 def recorded(config: Params) -> dict[str, Any]:
-    """Read the stages of ``dvc.lock``, but for the one that records the others.
+    """Read the stages of ``dvc.lock`` that dvc.yaml still has, but for the one that records the others.
 
     Raises:
         UserError: a parameter, dependency or result is not the recorded one, so the results are not of this state.
     """
     try:
-        stages = read_stages(LOCK.read_bytes())
+        stages = locked_stages(LOCK.read_bytes(), Path("dvc.yaml").read_bytes())
     except FileNotFoundError:
         raise UserError(f"there is no {LOCK}, so there are no results yet; run `dvc repro`") from None
-    stages.pop(TRACK, None)
     for key, value in parameters(stages).items():
         if (now := config.flat().get(key)) != value:
             raise UserError(f"params.yaml: {key} is {now}, and the results were made with {value}; run `dvc repro`")
@@ -96,9 +99,15 @@ def read_stages(content: bytes) -> dict[str, Any]:
     return stages
 
 
+def locked_stages(lock: bytes, pipeline: bytes) -> dict[str, Any]:
+    """Give the stages of a ``dvc.lock`` that its dvc.yaml has, but for ``TRACK``: DVC keeps the entries of others."""
+    names = read_stages(pipeline).keys() - {TRACK}
+    return {name: stage for name, stage in read_stages(lock).items() if name in names}
+
+
 def outputs(stages: dict[str, Any]) -> dict[str, str]:
     """Give the MD5 of each result that the stages of a ``dvc.lock`` record, by path; the data are no result."""
-    files = [file for name, stage in stages.items() if name != TRACK for file in stage.get("outs", [])]
+    files = [file for stage in stages.values() for file in stage.get("outs", [])]
     return {file["path"]: file["md5"] for file in files if not file["md5"].endswith(".dir")}
 
 

@@ -113,7 +113,8 @@ def _is_complete(run_id: str | None) -> bool:
         run = mlflow.get_run(run_id or "")
     except MlflowException:
         return False
-    return run.info.status == "FINISHED" and "dvc.lock.md5" in run.data.tags
+    there = run.info.status == "FINISHED" and run.info.lifecycle_stage == "active"
+    return there and "dvc.lock.md5" in run.data.tags and tracking.has_files(run)
 
 
 def _merit(version: ModelVersion) -> tuple[bool, float]:
@@ -150,7 +151,8 @@ def load() -> tuple[ModelVersion, Classifier]:
         version = mlflow.MlflowClient().get_model_version_by_alias(NAME, CHAMPION)
         model = mlflow.pytorch.load_model(uri)
     except (MlflowException, OSError, RuntimeError) as error:
-        raise UserError(f"MLflow has no usable {uri}: {_reason(error)}") from None
+        reason = store.first_line(error).partition(". ")[0].rstrip(".")
+        raise UserError(f"MLflow has no usable {uri}: {reason}; {advice()}") from None
 
     def classify(images: NDArray[np.uint8]) -> NDArray[np.float32]:
         with torch.no_grad():
@@ -160,14 +162,15 @@ def load() -> tuple[ModelVersion, Classifier]:
     return version, classify
 
 
-def _reason(error: Exception) -> str:
-    """Say why there is no champion, and what to do."""
+def advice() -> str:
+    """Say what to do if there is no champion."""
     try:
-        accuracy, target = json.loads(METRICS.read_text())["accuracy"], params.load().evaluate.target_accuracy
+        config, accuracy = params.load(), json.loads(METRICS.read_text())["accuracy"]
     except (UserError, OSError, ValueError, KeyError):
-        accuracy = target = 0.0
-    if _champion() is None and accuracy < target:
-        return (
-            f"the results miss the target, {accuracy:.2%} of {target:.2%}, so there is no champion; change params.yaml"
-        )
-    return f"{store.first_line(error).partition('. ')[0].rstrip('.')}; `make track` makes it from the results"
+        return "run `make repro`"
+    if not config.evaluate.register_model:
+        return "params.yaml: evaluate.register is false; set it to true, then run `make repro`"
+    if accuracy < (target := config.evaluate.target_accuracy):
+        missed = f"the results miss the target, {accuracy:.2%} of {target:.2%}"
+        return f"{missed}, so there is no champion; change params.yaml, then run `make repro`"
+    return "`make track` makes it from the results"

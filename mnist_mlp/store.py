@@ -5,6 +5,7 @@ import os
 import platform
 import re
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 # A server that is down should be reported within seconds; with MLflow's own values this takes minutes.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
@@ -20,7 +21,7 @@ from mlflow.store.db.utils import create_sqlalchemy_engine
 from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request
 from mlflow.utils.time import get_current_time_millis
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import NoSuchModuleError, SQLAlchemyError
 
 from mnist_mlp import PUBLISHED, ROOT, UserError
 
@@ -43,6 +44,8 @@ def uri() -> str:
             "MLFLOW_TRACKING_URI names a store in memory, which ends with each stage; name a file or a server"
         )
     if address.startswith(SQLITE):
+        if odd := re.search(r"\?|%[0-9a-fA-F]{2}", str(ROOT)):  # as in an address
+            raise UserError(f"{ROOT}: MLflow cannot use a store in a path that holds {odd[0]!r}; rename the folder")
         return f"{SQLITE}{ROOT / address.removeprefix(SQLITE)}"
     try:  # once, as MLflow asks, with its credentials and certificates; MLflow itself would try again for minutes
         if address.startswith("http"):
@@ -51,7 +54,9 @@ def uri() -> str:
             engine = create_sqlalchemy_engine(address)
             engine.connect().close()
             engine.dispose()
-    except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
+    except (ImportError, NoSuchModuleError) as error:
+        raise UserError(f"MLFLOW_TRACKING_URI names a kind of store that nothing here can open: {error}") from None
+    except (MlflowException, SQLAlchemyError, OSError) as error:
         raise UserError(f"nothing answers at MLFLOW_TRACKING_URI, start it or unset it: {first_line(error)}") from None
     return address
 
@@ -73,8 +78,13 @@ def connect(experiment: str = EXPERIMENT) -> None:
                 found = mlflow.get_experiment_by_name(name) or _create(name, artifacts)
                 old = found.artifact_location
                 ours = old.startswith("file://") and old.endswith("/mlruns")  # not a place that a user has chosen
-                if ours and old != artifacts and Path(address.removeprefix(SQLITE)).parent == ROOT:
-                    _follow_moved_folder(address, old, str(artifacts))
+                if ours and artifacts and old != artifacts:
+                    if ROOT in Path(address.removeprefix(SQLITE)).parents:
+                        _follow_moved_folder(address, old, artifacts)
+                    elif not Path(unquote(urlsplit(old).path)).parent.exists():
+                        raise UserError(
+                            f"{address} keeps its files in {old}, which is gone; move it back, or name another"
+                        )
                 mlflow.set_experiment(name)
                 _add_published_run(name)
                 _end_runs_of_killed_processes(name)

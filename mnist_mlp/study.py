@@ -39,6 +39,11 @@ def configs(config: Params) -> list[Params]:
     ]
 
 
+def label(config: Params) -> str:
+    """Name a run by the values of its varied parameters and its seed."""
+    return ", ".join(f"{name} {config.flat()[name]}" for name in [*config.study.vary, "train.seed"])
+
+
 def varied(row: Row) -> Row:
     """Keep the columns that name a parameter: what tells one setting from another."""
     return {name: value for name, value in row.items() if "." in name}
@@ -50,21 +55,27 @@ def config_of(row: Row, config: Params) -> Params:
     return config.replaced(values | {"train.seed": int(row["seed"])})
 
 
+def recorded() -> dict[str, Any]:
+    """Read the stage that has made the tables from study/dvc.lock, by its name.
+
+    Raises:
+        UserError: there is no study.
+    """
+    if not LOCK.exists():
+        raise UserError(f"there is no {LOCK}, so there is no study yet; run `make study`")
+    return {"replicate": lineage.read_stages(LOCK.read_bytes())["replicate"]}
+
+
 def check_parameters(config: Params) -> None:
     """Compare the parameters with those in study/dvc.lock.
 
     Raises:
         UserError: the study was made with others, or there is none.
     """
-    if not LOCK.exists():
-        raise UserError(f"there is no {LOCK}, so there is no study yet; run `make study`")
-    recorded = lineage.parameters({"replicate": lineage.read_stages(LOCK.read_bytes())["replicate"]})
+    made_with = lineage.parameters(recorded())
     for key in VARIABLE:
-        if recorded.get(key) != config.flat()[key]:
-            now = config.flat()[key]
-            raise UserError(
-                f"params.yaml: {key} is {now}, and the study was made with {recorded.get(key)}; run `make study`"
-            )
+        if (before := made_with.get(key)) != (now := config.flat()[key]):
+            raise UserError(f"params.yaml: {key} is {now}, and the study was made with {before}; run `make study`")
 
 
 def tables(config: Params, runs: Sequence[Run]) -> tuple[str, str]:
@@ -111,6 +122,16 @@ def _filled(row: Row) -> Row:
 def in_words(summary: dict[str, Any]) -> str:
     """Say what the summary holds, in lines for a terminal and a table in Markdown for each setting."""
     lines = []
+    if comparison := summary.get("comparison"):
+        name = comparison["metric"].replace("_", " ")
+        lines += ["", f"{name}, difference from {comparison['first']} in points, paired by seed:"]
+        for row in comparison["differences"]:
+            mean, low, high = map(_points, [row["mean"], *row["interval"]])
+            lines.append(f"- {row['setting']}: {mean} (95 % interval {low} to {high}, {row['pairs']} pairs)")
+        if comparison["chooses_by_test_set"]:
+            lines.append(
+                "Warning: this is the test set. To choose a setting by it is to train on it; set data.validation."
+            )
     for found in summary["settings"]:
         accuracy, target = found["accuracy"], found["target"]
         lines += [
@@ -134,16 +155,6 @@ def in_words(summary: dict[str, Any]) -> str:
                     f"| {name.replace('_', ' ')} | {show(row['published'])} | {show(row['median'])} "
                     f"| {show(low)} to {show(high)} | {row['percentile']:.0f} |"
                 )
-    if comparison := summary.get("comparison"):
-        name = comparison["metric"].replace("_", " ")
-        lines += ["", f"{name}, difference from {comparison['first']} in points, paired by seed:"]
-        for row in comparison["differences"]:
-            mean, low, high = map(_points, [row["mean"], *row["interval"]])
-            lines.append(f"- {row['setting']}: {mean} (95 % interval {low} to {high}, {row['pairs']} pairs)")
-        if comparison["chooses_by_test_set"]:
-            lines.append(
-                "Warning: this is the test set. To choose a setting by it is to train on it; set data.validation."
-            )
     return "\n".join(lines)
 
 

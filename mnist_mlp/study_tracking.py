@@ -35,11 +35,14 @@ def track(config: Params) -> str:
         What came of it, for people.
 
     Raises:
-        UserError: no MLflow store is available, or the study was made with other parameters.
+        UserError: no MLflow store is available, or the tables are not those of a study with these parameters.
     """
     study.check_parameters(config)
     store.connect(store.STUDY)
     values = {name: config.flat()[name] for name in VARIABLE}
+    for path, md5 in lineage.outputs(study.recorded()).items():
+        if lineage.file_md5(path) != md5:
+            raise UserError(f"{path} is not what the study has made; run `make study`")
     tables = [path.read_bytes() for path in (study.RUNS, study.HISTORY)]
     digest = lineage.md5(b"".join([json.dumps(values, sort_keys=True).encode(), *tables]))
     try:
@@ -88,7 +91,8 @@ def _log_results(run_id: str) -> bool:
     client = mlflow.MlflowClient()
     plots = sorted(study.PLOTS.glob("*.png"))
     digest = lineage.md5(b"".join(path.read_bytes() for path in (study.SUMMARY, *plots)))
-    if client.get_run(run_id).data.tags.get("report.md5") == digest:
+    stored = {artifact.path for artifact in client.list_artifacts(run_id)}
+    if client.get_run(run_id).data.tags.get("report.md5") == digest and {study.SUMMARY.name, "plots"} <= stored:
         return False
     for path in (study.SUMMARY, study.RUNS, study.HISTORY):
         client.log_artifact(run_id, str(path))

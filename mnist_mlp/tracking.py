@@ -173,6 +173,16 @@ def track(config: Params) -> tuple[Run, bool]:
         raise UserError(f"MLflow refuses: {store.first_line(error)}; `make track` tries again") from None
 
 
+def has_files(run: Run) -> bool:
+    """Look whether a complete run still has the files from which it can be run again."""
+    try:
+        found = {artifact.path for artifact in mlflow.MlflowClient().list_artifacts(run.info.run_id)}
+    except (MlflowException, OSError):
+        return False
+    patched = run.data.tags.get("git.patch.md5", CLEAN) not in (CLEAN, lineage.UNKNOWN)
+    return {"params.yaml", "dvc.lock"} | ({PATCH} if patched else set()) <= found
+
+
 def model_of(run: Run) -> str | None:
     """Give the id of the run's logged model, if it is whole."""
     for output in run.outputs.model_outputs if run.outputs else []:
@@ -210,7 +220,8 @@ def _find(config: Params, digest: str) -> Run | None:
         if experiment and run.info.run_name != experiment:
             continue
         if "dvc.lock.md5" in tags:
-            same = tags["dvc.lock.md5"] == digest  # the hashes of all code, data, parameters and results
+            # The hashes of all code, data, parameters and results.
+            same = tags["dvc.lock.md5"] == digest and has_files(run)
         else:
             same = run.data.params == params and lineage.UNKNOWN not in code.values() and code.items() <= tags.items()
         if same and model_of(run):

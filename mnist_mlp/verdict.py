@@ -52,7 +52,7 @@ def compare(config: Params) -> tuple[list[str], bool]:
     committed_lock = _committed(lineage.LOCK)
     if committed_lock is None:
         return ["no results are committed yet; `git add dvc.lock results && git commit` keeps these"], True
-    stages = lineage.read_stages(committed_lock)
+    stages = lineage.locked_stages(committed_lock, Path("dvc.yaml").read_bytes())
     committed = lineage.outputs(stages)
     if missing := [path for path in committed if not Path(path).exists()]:
         return [f"incomplete: {', '.join(missing)} missing; `dvc repro` makes what is missing"], False

@@ -26,7 +26,7 @@ import tempfile
 import time
 from contextlib import chdir
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
 
@@ -74,14 +74,15 @@ def main() -> None:
 def verify_commit(revision: str) -> Proof:
     """Run the pipeline of a commit again, and compare every file with the commit's ``dvc.lock``."""
     commit = _git("rev-parse", "--verify", f"{revision}^{{commit}}")
-    recorded = lineage.outputs(_stages(_git("show", f"{commit}:dvc.lock"), f"commit {commit[:10]}"))
+    lock, pipeline = (_git("show", f"{commit}:{name}").encode() for name in ("dvc.lock", "dvc.yaml"))
+    recorded = _outputs(lineage.locked_stages(lock, pipeline), f"commit {commit[:10]}")
     if forged := _forged(commit, recorded):
         return Proof(f"commit {commit[:10]}", forged)
     print(f"running commit {commit[:10]} again", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         clone = _clone(commit, Path(folder))
         _run_again(clone)
-        obtained = {path: md5 for path, md5 in _outputs(clone).items() if path in recorded}
+        obtained = _made(clone)
     return Proof(f"commit {commit[:10]}", _first_difference(recorded, obtained, "in dvc.lock"))
 
 
@@ -155,7 +156,8 @@ def _find(model: str) -> Run:
     try:
         found = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, version)
     except MlflowException as error:
-        raise UserError(f"{store.first_line(error)}; `make track` registers what the results reach") from None
+        advice = f"; {registry.advice()}" if (name, alias) == (registry.NAME, registry.CHAMPION) else ""
+        raise UserError(f"{store.first_line(error)}{advice}") from None
     identity = found.tags.get(registry.RUN) or found.run_id
     if not identity:
         raise UserError(f"{model} was registered without a run, which would say where it comes from")
@@ -172,6 +174,8 @@ def _run(identity: str) -> Run:
 def _check(run: Run) -> None:
     """Refuse a run whose origin is not known, or is not available here."""
     tags, name = run.data.tags, f"run {run.info.run_id}"
+    if "git.commit" not in tags:
+        raise UserError(f"{name} is none of the pipeline's, so nothing can be run again")
     if run.info.status != "FINISHED":
         raise UserError(f"{name} is {run.info.status}; only a finished run can be verified")
     if missing := [key for key in NEEDED if key not in tags]:
@@ -201,7 +205,7 @@ def _recorded_values(run: Run, folder: Path) -> Values:
     return {
         "data.digest": run.data.tags["data.digest"],
         **_epochs(history),
-        **lineage.outputs(_stages(lock.read_text(), f"run {identity}")),
+        **_outputs(lineage.read_stages(lock.read_bytes()), f"run {identity}"),
         "accuracy": str(run.data.metrics.get("accuracy")),
     }
 
@@ -215,7 +219,7 @@ def _obtained_values(clone: Path) -> tuple[Values, Run]:
         values = {
             "data.digest": again.data.tags["data.digest"],
             **_epochs(history),
-            **_outputs(clone),
+            **_made(clone),
             "accuracy": str(json.loads(METRICS.read_text())["accuracy"]),
             **_model_hashes(_model_uri(again)),
         }
@@ -255,14 +259,13 @@ def _model_uri(run: Run) -> str:
     return f"models:/{outputs[0].model_id}"
 
 
-def _stages(lock: str, origin: str) -> dict[str, dict[str, object]]:
-    stages = lineage.read_stages(lock.encode())
+def _outputs(stages: dict[str, Any], origin: str) -> Values:
     if not {"train", "evaluate", "plot"} <= stages.keys():
         raise UserError(f"{origin} has no results in its dvc.lock")
-    return stages
+    return lineage.outputs(stages)
 
 
-def _outputs(clone: Path) -> Values:
+def _made(clone: Path) -> Values:
     return lineage.outputs(lineage.read_stages((clone / lineage.LOCK).read_bytes()))
 
 
@@ -297,9 +300,11 @@ def _run_again(clone: Path) -> None:
         "MLFLOW_TRACKING_URI": f"sqlite:///{clone}/mlflow.db",
         "DVC_SITE_CACHE_DIR": str(clone / ".dvc/site"),
     }
+    stages = lineage.read_stages((clone / "dvc.yaml").read_bytes()).keys() - {lineage.TRACK}
+    (clone / lineage.LOCK).unlink(missing_ok=True)  # what is in it afterwards has been made here
     # By --force and --no-commit nothing is taken from, or put into, a cache that this user's repositories may share.
     # By --quiet DVC does not ask to commit or push what it made; the stages still print their lines.
-    command = [sys.executable, "-m", "dvc", "repro", "--quiet", "--force", "--no-commit", "plot"]
+    command = [sys.executable, "-m", "dvc", "repro", "--quiet", "--force", "--no-commit", *stages]
     if subprocess.run(command, cwd=clone, env=environment, check=False).returncode:
         raise UserError("the pipeline fails when run again; the reason is above")
 

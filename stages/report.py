@@ -5,6 +5,7 @@ Figures leave out the runs that diverged, unless they say otherwise.
 
 import json
 import math
+import re
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -19,25 +20,26 @@ from mnist_mlp import PUBLISHED, figures, params, run_command, study, study_trac
 SETTING = "setting"  # a column that joins the varied parameters
 ONLY = "the recipe"  # its value where nothing varies
 ACCURACIES = ["accuracy", "validation_accuracy"]
+BESIDE = (-0.25, 0.25, -0.45, 0.45)  # where arrows stand beside a row of dots, in rows
 BANDS = {0.9: 0.2, 0.5: 0.4}  # the share of the runs that a band holds, and its opacity
 
 
 def main() -> None:
     """Write summary and plots, and track all."""
     config = params.load()
-    runs, history = read(study.RUNS), read(study.HISTORY)
+    runs = read(study.RUNS)
+    history = read(study.HISTORY).merge(runs.loc[runs["accuracy"].notna(), [SETTING, "seed"]])
     published = pd.read_csv(PUBLISHED)
     target = config.evaluate.target_accuracy
+    settings = list(runs[SETTING].unique())
 
-    summary: dict[str, Any] = {
-        "settings": [describe(runs, history, published, name, target) for name in runs[SETTING].unique()]
-    }
-    if len(summary["settings"]) > 1:
+    summary: dict[str, Any] = {"settings": [describe(runs, history, published, name, target) for name in settings]}
+    if len(settings) > 1:
         summary["comparison"] = compare(runs)
     write(study.SUMMARY, json.dumps(summary, indent=2) + "\n")
 
     for name in study.FIGURES:
-        figures.save(curves(history, published, name), study.PLOTS / f"{name}.png", config.plot.dpi)
+        figures.save(curves(history, published, name, settings), study.PLOTS / f"{name}.png", config.plot.dpi)
     figures.save(dots(runs, published, target), study.PLOTS / "accuracy.png", config.plot.dpi)
 
     print(f"{study.SUMMARY} and {len(study.FIGURES) + 1} plots; MLflow: {study_tracking.track(config)}")
@@ -47,7 +49,8 @@ def read(path: Any) -> pd.DataFrame:
     """Read a table of the study, and add the column ``SETTING``."""
     names = pd.read_csv(path, nrows=0).columns
     varied = [name for name in names if "." in name]
-    table = pd.read_csv(path, dtype=dict.fromkeys(varied, str))
+    numbers = {"seed": int, "epoch": int} | dict.fromkeys(study.FIGURES, float)  # also in a table without rows
+    table = pd.read_csv(path, dtype=numbers | dict.fromkeys(varied, str))
     columns = (name + " " + table[name] for name in varied)
     table[SETTING] = pd.Series(map(", ".join, zip(*columns, strict=True))) if varied else ONLY
     return table
@@ -60,7 +63,7 @@ def describe(
 
     Args:
         runs: runs.csv.
-        history: history.csv.
+        history: history.csv, without the runs that diverged.
         published: the tutorial's history.
         setting: which runs.
         target: the accuracy to reach. A run that diverged has missed it.
@@ -73,7 +76,6 @@ def describe(
     reached = int((of_setting["accuracy"] >= target).sum())
     share = stats.binomtest(reached, len(of_setting)).proportion_ci(method="wilson")
     last = history[history[SETTING] == setting].groupby("seed").last()
-    last = last[last.index.isin(of_setting["seed"][of_setting["accuracy"].notna()])]
     return {
         SETTING: setting,
         "runs": len(of_setting),
@@ -90,7 +92,7 @@ def describe(
                 "published": published[name].iloc[-1],
                 "median": _number(last[name].median()),
                 "band_90": [_number(last[name].quantile(share)) for share in (0.05, 0.95)],
-                "percentile": _number(stats.percentileofscore(last[name], published[name].iloc[-1])),
+                "percentile": _number(stats.percentileofscore(last[name], published[name].iloc[-1], kind="strict")),
             }
             for name in study.FIGURES
         },
@@ -130,23 +132,24 @@ def _interval(values: pd.Series) -> list[float | None]:
     """Give the 95 % confidence interval of the mean, by Student's t; it takes two values."""
     if len(values) < 2:
         return [None, None]
-    low, high = stats.t.interval(0.95, len(values) - 1, loc=values.mean(), scale=values.sem())
-    return [_number(low), _number(high)] if values.sem() else [_number(values.mean())] * 2
+    if not values.sem():  # all are equal
+        return [_number(values.mean())] * 2
+    return [_number(bound) for bound in stats.t.interval(0.95, len(values) - 1, values.mean(), values.sem())]
 
 
 def _number(value: float) -> float | None:
     return None if math.isnan(value) else round(float(value), 6)
 
 
-def curves(history: pd.DataFrame, published: pd.DataFrame, name: str) -> Figure:
+def curves(history: pd.DataFrame, published: pd.DataFrame, name: str, settings: list[str]) -> Figure:
     """Draw one figure over the epochs: for each setting the median and two bands, and the tutorial's curve on top."""
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    settings = history[SETTING].unique()
+    many = len(settings) > 1
+    figure, axes = plt.subplots(figsize=(6, 4 + 0.25 * len(settings) * many), layout="constrained")
     for colour, setting in zip(_colours(len(settings)), settings, strict=True):
         epochs = history[history[SETTING] == setting].groupby("epoch")[name]
         for share, opacity in BANDS.items():
             low, high = (epochs.quantile(0.5 + sign * share / 2) for sign in (-1, 1))
-            label = f"{share:.0%} of the runs" if len(settings) == 1 else None
+            label = None if many else f"{share:.0%} of the runs"
             axes.fill_between(low.index, low, high, color=colour, alpha=opacity, linewidth=0, label=label)
         median = epochs.median()
         axes.plot(median.index, median, color=colour, linewidth=2, label="median" if setting == ONLY else setting)
@@ -155,14 +158,18 @@ def curves(history: pd.DataFrame, published: pd.DataFrame, name: str) -> Figure:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if name.endswith("acc"):
         axes.yaxis.set_major_formatter(PercentFormatter(1))
-    axes.legend(frameon=False, fontsize=10)
+    if many:
+        figure.legend(frameon=False, fontsize=10, loc="outside lower center")
+    else:
+        axes.legend(frameon=False, fontsize=10)
     return figure
 
 
 def dots(runs: pd.DataFrame, published: pd.DataFrame, target: float) -> Figure:
     """Draw the last accuracies, as the tutorial counts: one dot a run, one row a setting. Equal ones are stacked.
 
-    The axis shows the bulk of the runs. A run far below it is an arrow at the edge, with its accuracy.
+    The axis shows the bulk of the runs. A run far below it is an arrow at the edge, with its accuracy. More than four
+    of a setting share an arrow.
     """
     settings = runs[SETTING].unique()
     marks = [published["test_acc"].iloc[-1], target]
@@ -180,14 +187,19 @@ def dots(runs: pd.DataFrame, published: pd.DataFrame, target: float) -> Figure:
         for column, count in zip(columns, counts, strict=True):
             heights = row + (np.arange(count) - (count - 1) / 2) * 0.8 / max(8, counts.max())
             axes.plot(np.full(count, column * width), heights, "o", color=colour, markersize=4)
-        for position, value in enumerate(of_setting[of_setting < low]):
-            height = row - 0.3 + 0.2 * position
+        below = of_setting[of_setting < low]
+        labels = [f"{value:.1%}" for value in below]
+        if len(labels) > len(BESIDE):
+            labels = [f"{len(below)} runs, {labels[0]} to {labels[-1]}"]
+        for label, height in zip(labels, row + np.array(BESIDE), strict=False):
             axes.plot(low, height, "<", color=colour, markersize=5)
-            axes.annotate(f"{value:.1%}", (low, height), (6, 0), textcoords="offset points", va="center", fontsize=9)
+            axes.annotate(label, (low, height), (6, 0), textcoords="offset points", va="center", fontsize=9)
     axes.axvline(marks[0], color="black", linewidth=1, label="published")
     axes.axvline(marks[1], color="tab:red", linewidth=1, linestyle="--", label="target")
-    axes.set(title="test accuracy after the last epoch", yticks=range(len(settings)), ylim=(len(settings) - 0.4, -0.6))
-    axes.set_yticklabels([f"{len(runs)} runs" if setting == ONLY else setting for setting in settings])
+    figure.suptitle("test accuracy after the last epoch")
+    axes.set(yticks=range(len(settings)), ylim=(len(settings) - 0.4, -0.6))
+    lines = [re.sub(r", (?=[a-z]+\.)", "\n", setting) for setting in settings]  # one for each varied parameter
+    axes.set_yticklabels([f"{len(runs)} runs"] if lines == [ONLY] else lines, fontsize=10)
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=1))
     axes.grid(visible=False, axis="y")
     figure.legend(*axes.get_legend_handles_labels(), frameon=False, fontsize=10, loc="outside lower center", ncols=2)

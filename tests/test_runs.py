@@ -11,7 +11,7 @@ import mlflow
 import pytest
 from mlflow.entities import Run
 
-from mnist_mlp import registry, store
+from mnist_mlp import UserError, lineage, registry, store
 from tests import project, stopping
 
 TRACK = (sys.executable, "-m", "stages.track")
@@ -163,6 +163,11 @@ def deleted_run(folder: Path) -> None:
     client(folder).delete_run(run.info.run_id)
 
 
+def no_run_files(folder: Path) -> None:
+    """Of the run itself; those of its model stay."""
+    shutil.rmtree(folder / "mlruns" / project.runs(folder)[0].info.run_id)
+
+
 def test_one_command_heals_the_store(repository: Path) -> None:
     no_store(repository)
     before = project.contents(repository)
@@ -176,13 +181,14 @@ def test_one_command_heals_the_store(repository: Path) -> None:
 
 
 def test_one_command_heals_whatever_is_missing_in_the_store(repository: Path) -> None:
-    damages: list[Callable[[Path], None]] = [no_alias, no_version, no_registry, deleted_run, cut_model]
+    damages: list[Callable[[Path], None]] = [no_alias, no_version, no_registry, deleted_run, cut_model, no_run_files]
     for damage in damages:
         damage(repository)
         project.run(repository, *TRACK)
         assert_complete(repository, project.runs(repository)[0])
         version = client(repository).get_model_version("mnist-mlp", alias(repository))
         assert version.tags["model.md5"] == project.runs(repository)[0].data.tags["model.md5"], damage
+        assert version.tags["run"] == project.runs(repository)[0].info.run_id, damage
     assert champion(repository) == alias(repository)  # it loads
 
 
@@ -254,6 +260,8 @@ def test_a_moved_folder_keeps_its_store_and_nothing_is_written_to_the_old_place(
     (run,) = project.runs(moved)
     assert_complete(moved, run)
     assert champion(moved) == "1"
+    version = client(moved).get_model_version("mnist-mlp", "1")
+    assert str(repository) not in str(vars(version))
 
     no_files(moved)
     project.run(moved, *TRACK)  # logs a run and a model anew
@@ -262,11 +270,73 @@ def test_a_moved_folder_keeps_its_store_and_nothing_is_written_to_the_old_place(
     assert not repository.exists()
 
 
+def test_a_moved_folder_is_noticed_wherever_the_store_is(repository: Path, tmp_path: Path) -> None:
+    """It may lie deeper in the folder, and moves with it, or somewhere else, and is refused."""
+    (repository / "kept").mkdir()
+    stores = {place: f"sqlite:///{place}/own.db" for place in ("kept", tmp_path)}
+    for uri in stores.values():
+        project.run(repository, *TRACK, env=project.environment(MLFLOW_TRACKING_URI=uri))
+    moved = tmp_path / "moved"
+    repository.rename(moved)
+    inside, outside = (
+        project.run(moved, *TRACK, env=project.environment(MLFLOW_TRACKING_URI=uri), check=False)
+        for uri in stores.values()
+    )
+    assert f"its paths now lead to file://{moved}/mlruns" in inside.stdout
+    reason = f"keeps its files in file://{repository}/mlruns, which is gone; move it back, or name another"
+    assert outside.stderr == f"track: sqlite:///{tmp_path}/own.db {reason}\n"
+    assert not repository.exists()
+
+
+def test_a_stage_that_is_renamed_leaves_no_trace(repository: Path) -> None:
+    """DVC keeps the old stage in dvc.lock."""
+    pipeline = repository / "dvc.yaml"
+    pipeline.write_text(pipeline.read_text().replace("  plot:\n    desc", "  draw:\n    desc"))
+    project.run(repository, "dvc", "repro")
+    assert {"plot", "draw"} <= lineage.read_stages((repository / "dvc.lock").read_bytes()).keys()
+    pipeline.write_text(pipeline.read_text().replace("stages/plot.py", "stages/draw.py").replace("s.plot", "s.draw"))
+    (repository / "stages/plot.py").rename(repository / "stages/draw.py")
+    project.run(repository, "dvc", "repro")
+    project.run(repository, *TRACK)
+    project.commit(repository)
+    done = project.run(repository, sys.executable, "-m", "mnist_mlp.verdict", "--check")
+    assert "reproduced: every byte" in done.stdout
+
+
+def test_data_of_ones_own_under_dvc_are_no_unknown_code(repository: Path) -> None:
+    """`dvc add` makes Git ignore them."""
+    (repository / "data/own.csv").write_text("1\n")
+    project.run(repository, "dvc", "add", "data/own.csv")
+    pipeline = repository / "dvc.yaml"
+    depends = "cmd: python -m stages.plot\n    deps:\n"
+    pipeline.write_text(pipeline.read_text().replace(depends, f"{depends}      - data/own.csv\n"))
+    project.commit(repository)
+    project.run(repository, "dvc", "repro")
+    assert project.runs(repository)[0].data.tags["git.patch.md5"] == "none"
+
+
+def test_an_address_that_cannot_be_a_store_is_refused_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "foo://x")
+    with pytest.raises(UserError, match="names a kind of store that nothing here can open"):
+        store.connect()
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    monkeypatch.setattr(store, "ROOT", tmp_path / "50%25")
+    with pytest.raises(UserError, match="MLflow cannot use a store in a path that holds '%25'; rename the folder"):
+        store.connect()
+
+
 def test_evaluate_register_false_leaves_the_registry_alone(repository: Path) -> None:
     no_registry(repository)
     project.edit(repository, {"evaluate.register": False})
     assert "not registered: evaluate.register is false" in project.run(repository, "dvc", "repro").stdout
     assert client(repository).search_registered_models() == []
+    for command in (("predict", "any.png"), ("verify", "models:/mnist-mlp@champion")):
+        done = project.run(repository, sys.executable, "-m", f"mnist_mlp.{command[0]}", command[1], check=False)
+        assert done.stderr.endswith(
+            "; params.yaml: evaluate.register is false; set it to true, then run `make repro`\n"
+        )
 
 
 def test_a_missed_target_is_said_and_there_is_no_champion(repository: Path) -> None:
@@ -275,8 +345,8 @@ def test_a_missed_target_is_said_and_there_is_no_champion(repository: Path) -> N
     output = project.run(repository, "dvc", "repro").stdout
     assert "not registered, because the target is missed; there is no champion" in output
     done = project.run(repository, sys.executable, "-m", "mnist_mlp.predict", "any.png", check=False)
-    assert "miss the target" in done.stderr
-    assert "so there is no champion" in done.stderr
+    assert "; the results miss the target, " in done.stderr
+    assert "so there is no champion; change params.yaml, then run `make repro`\n" in done.stderr
 
 
 def better(folder: Path) -> str:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from mnist_mlp import UserError, data, net, params, registry, serve, store, tracking, training
+from tests import project
 from tests.loopback import running
 
 ROOT = Path(__file__).parents[1]
@@ -219,13 +220,19 @@ def test_pictures_on_disk_are_read_whatever_they_look_like(
         assert line.startswith(f"predict: {tmp_path / name}: {reason}")
 
 
+def test_a_port_in_use_is_one_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = project.run(ROOT, sys.executable, "-m", "mnist_mlp.serve", "--port", str(port), check=False)
+    line = f"serve: cannot listen on 127.0.0.1:{port}: Address already in use; try `make serve PORT={port + 1}`\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", line)
+
+
 @pytest.mark.parametrize("missing", ["NAME", "CHAMPION"])
 @pytest.mark.usefixtures("repository")
 def test_without_a_champion_it_says_what_to_do(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, missing, "nobody")
-    with pytest.raises(
-        UserError, match=r"no usable models:/.*nobody.*not found.*; `make track` makes it from the results"
-    ):
+    with pytest.raises(UserError, match=r"no usable models:/.*nobody.*not found.*; run `make repro`"):
         registry.load()
 
 

@@ -13,15 +13,19 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+import distributed
 import mlflow
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import yaml
 from mlflow.entities import Run
 
-from mnist_mlp import params, study, training
+from mnist_mlp import cluster, params, study, study_check, training
+from stages import replicate, report
 from tests import project
 
 ROOT = Path(__file__).parents[1]
@@ -30,6 +34,7 @@ REPLICATE = (sys.executable, "-m", "stages.replicate")
 CHECK = (sys.executable, "-m", "mnist_mlp.study_check")
 TRACK = (sys.executable, "-m", "mnist_mlp.study_tracking")
 SEEDS = 3
+OTHER_ARITHMETIC = "import torch\ntorch.backends.mkldnn.is_available = lambda: False\n"
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +115,9 @@ def test_no_run_is_trained_twice(repository: Path, tmp_path: Path) -> None:
     clone = tmp_path / "a clone"
     project.run(tmp_path, "git", "clone", "--quiet", str(repository), str(clone))
     shutil.copytree(repository / "data/MNIST/raw", clone / "data/MNIST/raw", dirs_exist_ok=True)
+    project.edit(clone, {"study.seeds": 1})
+    assert trained(project.run(clone, *REPLICATE).stdout) == (1, 0)
+    project.commit(clone)  # without the other runs
     for folder in (repository, clone):
         project.edit(folder, {"study.seeds": SEEDS + 1})
         assert trained(project.run(folder, *REPLICATE).stdout) == (SEEDS + 1, 1)
@@ -131,18 +139,54 @@ def test_runs_of_other_code_or_parameters_are_not_used(repository: Path) -> None
     assert trained(project.run(repository, *REPLICATE).stdout) == (1, 1)
 
 
-def test_tables_that_come_out_otherwise_on_this_machine_are_not_used(repository: Path) -> None:
-    """As those of another kind of processor: the first epoch of one run is trained again before any row is used."""
+@pytest.mark.parametrize("only_committed", [False, True])
+def test_runs_of_another_arithmetic_are_not_used(repository: Path, tmp_path: Path, only_committed: bool) -> None:
+    """Neither those that are kept nor those in Git, of which the first diverged and so proves nothing."""
+    project.edit(repository, {"study.vary": {"train.lr": [10.0, 0.1]}, "study.seeds": 1})
+    project.run(repository, *STUDY)
+    project.commit(repository)
+    if only_committed:
+        shutil.rmtree(repository / "study/runs")
+    (tmp_path / "sitecustomize.py").write_text(OTHER_ARITHMETIC)
+    env = project.environment(PYTHONPATH=f"{tmp_path}{os.pathsep}{repository}")
+    assert trained(project.run(repository, *REPLICATE, env=env).stdout) == (2, 2)
+
+
+def test_tables_that_their_lock_does_not_record_are_not_used(repository: Path) -> None:
     shutil.rmtree(repository / "study/runs")
-    history = repository / study.HISTORY
-    before = project.run(repository, "md5sum", str(study.HISTORY)).stdout.split()[0]
-    history.write_text(re.sub(r"^(1,0,0\.\d{5})\d", r"\g<1>x", history.read_text(), flags=re.MULTILINE))
-    after = project.run(repository, "md5sum", str(study.HISTORY)).stdout.split()[0]
-    lock = repository / study.LOCK
-    lock.write_text(lock.read_text().replace(before, after))
+    table = repository / study.RUNS
+    table.write_text(re.sub(r"^(3,)0\.\d+", r"\g<1>0.999999", table.read_text(), flags=re.MULTILINE))
     project.commit(repository)
     project.edit(repository, {"study.seeds": 1})
     assert trained(project.run(repository, *REPLICATE).stdout) == (1, 1)
+
+
+def test_a_kept_run_is_named_by_all_that_decides_what_it_gives() -> None:
+    config = params.load(ROOT / "params.yaml")
+    changes: dict[str, object] = {
+        "data.mean": 0.1, "data.std": 0.3, "data.validation": 100, "model.hidden": [10], "train.seed": 7,
+        "train.epochs": 3, "train.batch_size": 32, "train.lr": 0.2, "train.momentum": 0.5, "train.weight_decay": 0.1,
+        "train.device": "cuda", "evaluate.batch_size": 100,
+    }  # fmt: skip
+    assert changes.keys() == {*params.VARIABLE, "train.seed"}
+    code: dict[str, str | None] = {"a.py": "1"}
+    keys = [replicate._key(config.replaced({name: value}), code, "f") for name, value in changes.items()]
+    keys += [
+        replicate._key(config, code, "f"),
+        replicate._key(config, {"a.py": "2"}, "f"),
+        replicate._key(config, code, "g"),
+    ]
+    assert len(set(keys)) == len(changes) + 3
+    assert replicate._key(config.replaced({"study.seeds": 3, "plot.dpi": 50}), code, "f") in keys
+
+
+def test_a_damaged_kept_run_is_trained_again(repository: Path) -> None:
+    kept = {path: path.read_text() for path in sorted((repository / "study/runs").glob("*.json"))}
+    forget(repository)
+    (repository / "study/runs").mkdir()
+    for path, damage in zip(kept, (slice(0, -50), slice(0, 0), slice(None)), strict=True):
+        path.write_text(kept[path][damage])
+    assert trained(project.run(repository, *REPLICATE).stdout) == (SEEDS, 2)
 
 
 def test_a_study_that_is_killed_goes_on_with_the_missing_runs(studied: Path, repository: Path) -> None:
@@ -229,11 +273,11 @@ def dask_cluster(tmp_path: Path) -> Iterator[Cluster]:
 def test_a_cluster_gives_the_same_bytes_though_a_worker_dies_and_others_are_not_fit(
     studied: Path, repository: Path, dask_cluster: Cluster, tmp_path: Path
 ) -> None:
-    """One worker has other arithmetic, one has two threads; of the two others, one is killed in its first run."""
+    """One worker has other arithmetic, one has two threads; of three others, one is killed in its first run."""
     forget(repository)
     project.edit(repository, {"study.seeds": SEEDS})
     preload = tmp_path / "other.py"
-    preload.write_text("import torch\ntorch.backends.mkldnn.is_available = lambda: False\n")
+    preload.write_text(OTHER_ARITHMETIC)
     dask_cluster.worker("--nthreads", "1", "--preload", str(preload))
     dask_cluster.worker("--nthreads", "2")
     # The first one stops in its first run, for good: it is killed there.
@@ -254,6 +298,7 @@ def test_a_cluster_gives_the_same_bytes_though_a_worker_dies_and_others_are_not_
             training.train = train
         threading.Thread(target=watch, daemon=True).start()""")
     doomed = dask_cluster.worker("--nthreads", "1", "--preload", str(trap))
+    dask_cluster.worker()
     process = subprocess.Popen(REPLICATE, cwd=repository, env=dask_cluster.env, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True)  # fmt: skip
     doomed.wait(120)
@@ -284,6 +329,94 @@ def test_new_code_reaches_workers_that_have_run_a_study_before(repository: Path,
     assert rows(repository)[0]["model_md5"] != before[0]["model_md5"]
 
 
+def test_a_worker_that_dies_costs_its_run_only_while_the_others_go_on(studied: Path, repository: Path) -> None:
+    """Of the local cluster, which starts another one. The run waits until its worker is killed."""
+    forget(repository)
+    stop = "if config.train.seed == 1 and not Path('once').exists(): Path('once').touch(); import time; time.sleep(600)"
+    change_training(repository, stop.replace("'once'", repr(str(repository / "once"))))
+    study_process = subprocess.Popen(
+        REPLICATE, cwd=repository, env=project.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while not (repository / "once").exists() or len(list((repository / "study/runs").glob("*.json"))) < SEEDS - 1:
+        assert study_process.poll() is None
+        time.sleep(0.01)
+    tasks = Path(f"/proc/{study_process.pid}/task")
+    children = [int(pid) for file in tasks.glob("*/children") for pid in file.read_text().split()]
+    for pid in children:
+        if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text():  # a worker, rather than Python's helper
+            os.kill(pid, signal.SIGKILL)
+    output, errors = study_process.communicate(timeout=project.NEVER)
+    assert (study_process.returncode, errors) == (0, "")
+    assert trained(output) == (SEEDS, SEEDS)
+    assert rows(repository) == rows(studied)
+
+
+def test_a_run_in_which_every_worker_dies_is_named(repository: Path) -> None:
+    forget(repository)
+    change_training(repository, "if config.train.seed == 2: import os; os._exit(9)")
+    done = project.run(repository, *REPLICATE, check=False)
+    line = (
+        "replicate: 3 workers have died in the run train.seed 2, perhaps by too little memory; "
+        "start fewer on a machine, then run this again: finished runs are kept\n"
+    )
+    assert (done.returncode, done.stderr) == (1, line)
+
+
+def change_training(folder: Path, statement: str) -> None:
+    training = folder / "mnist_mlp/training.py"
+    head = "    torch.use_deterministic_algorithms("
+    training.write_text(training.read_text().replace(head, f"    {statement}\n{head}", 1))
+
+
+def test_a_worker_with_a_full_disk_is_left_out(repository: Path, dask_cluster: Cluster, tmp_path: Path) -> None:
+    """In a mount namespace of its own, where its folder is a small file system."""
+    if project.run(tmp_path, "unshare", "-rm", "true", check=False).returncode:
+        pytest.skip("no mount namespaces here")
+    forget(repository)
+    dask_cluster.worker()
+    small = tmp_path / "small"
+    small.mkdir()
+    options = f"--scheduler-file {dask_cluster.file} --no-dashboard --no-nanny --nthreads 1 --host 127.0.0.1"
+    command = f"mount -t tmpfs -o size=4m tmpfs {small} && exec dask worker {options} --local-directory {small}"
+    with subprocess.Popen(
+        ["unshare", "-rm", "sh", "-c", command], cwd=tmp_path, env=project.environment(), stderr=subprocess.DEVNULL
+    ) as worker:
+        done = project.run(repository, *REPLICATE, env=dask_cluster.env)
+        worker.kill()
+    assert re.fullmatch(r"worker \S+ is left out: OSError: \[Errno 28\] No space left on device\n", done.stderr)
+
+
+@pytest.mark.parametrize("address", ["foo", "tcp://127.0.0.1", "http://127.0.0.1:8786", "tls://127.0.0.1:8786"])
+def test_an_address_that_is_none_is_one_line(repository: Path, address: str) -> None:
+    done = project.run(repository, *CHECK, env=project.environment(DASK_SCHEDULER_ADDRESS=address), check=False)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2
+    assert line.startswith(f"study_check: the scheduler at DASK_SCHEDULER_ADDRESS={address} has no address such as tcp")
+
+
+def test_the_local_cluster_is_for_this_study_only() -> None:
+    """On loopback, encrypted, and at ports that no other program has."""
+    with cluster._client(1) as client:
+        assert client.cluster is not None
+        scheduler = client.cluster.scheduler
+        assert scheduler.address.startswith("tls://127.0.0.1:")
+        assert scheduler.http_server.address == "127.0.0.1"
+
+
+def test_ctrl_c_is_not_lost_while_the_local_cluster_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(**options: Any) -> distributed.LocalCluster:
+        os.kill(os.getpid(), signal.SIGINT)
+        return distributed.LocalCluster(**options)
+
+    monkeypatch.setattr(cluster, "LocalCluster", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(KeyboardInterrupt), cluster._client(1):
+            pytest.fail("Ctrl-C is lost")
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("scheduler", ["none", "without workers", "lost"])
 def test_a_cluster_that_is_not_there_is_one_line(repository: Path, dask_cluster: Cluster, scheduler: str) -> None:
     forget(repository)
@@ -292,26 +425,22 @@ def test_a_cluster_that_is_not_there_is_one_line(repository: Path, dask_cluster:
         dask_cluster.stop()
     if scheduler == "lost":
         dask_cluster.worker()
-        training = repository / "mnist_mlp/training.py"
-        training.write_text(
-            training.read_text().replace(
-                "    for epoch in range", "    import time; time.sleep(600)\n    for epoch in range"
-            )
-        )
+        change_training(repository, "if config.train.seed > 1: import time; time.sleep(600)")
     process = subprocess.Popen(
         REPLICATE, cwd=repository, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     if scheduler == "lost":
-        while not any("Registered" in (home / "log").read_text() for home in dask_cluster.folder.glob("worker*")):
+        while not list((repository / "study/runs").glob("*.json")):
+            assert process.poll() is None
             time.sleep(0.01)
-        assert process.stdout
-        process.stdout.readline()
         dask_cluster.stop()
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
     (line,) = errors.splitlines()
     assert line.startswith("replicate: ")
     assert env["DASK_SCHEDULER_ADDRESS"] in line
+    assert line.endswith("then run this again: finished runs are kept")
+    assert cluster.WAIT <= 10  # the rest of the promised 20 seconds are for the imports
 
 
 def test_a_full_disk_is_one_line_and_what_has_ended_is_kept(repository: Path) -> None:
@@ -466,6 +595,74 @@ def test_study_check_says_identical_or_the_first_difference(repository: Path) ->
     assert (done.returncode, done.stderr) == (2, line)
 
 
+def test_study_check_compares_every_figure_and_the_model(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = params.load(repository / "params.yaml")
+    (row, run), *_ = study.read(*((repository / path).read_text() for path in (study.RUNS, study.HISTORY)))
+    others = {
+        "accuracy": run._replace(metrics=run.metrics | {"accuracy": "0.5"}),
+        "loss": run._replace(metrics=run.metrics | {"loss": "0.5"}),
+        "the model's MD5": run._replace(model_md5="0"),
+        "epoch 1: train_acc": run._replace(history=[run.history[0], run.history[1] | {"train_acc": "0.5"}]),
+        "epoch 1: train_loss": run._replace(history=run.history[:1]),
+    }
+    for name, again in others.items():
+        monkeypatch.setattr(cluster, "run_all", lambda _, again=again: iter([(0, again)]))
+        (line,) = study_check.check(config, [(row, run)])
+        assert line.startswith(f"different: seed 1: {name} is ")
+
+
+def test_the_summary_pairs_by_seed_and_counts_runs_below_the_published_figure() -> None:
+    names = ["a"] * 21 + ["b"] * 20
+    seeds = [*range(1, 22), *range(21, 1, -1)]  # the second setting lacks seed 1, and comes in another order
+    noise = [0.0] * 21 + [0.01 * (-1) ** n for n in range(20)]
+    accuracy = [0.9 + seed / 1000 + difference for seed, difference in zip(seeds, noise, strict=True)]
+    runs = pd.DataFrame({report.SETTING: names, "seed": seeds, "accuracy": accuracy})
+    (difference,) = report.compare(runs)["differences"]
+    assert (difference["pairs"], difference["mean"]) == (20, 0.0)
+    assert difference["interval"][1] == pytest.approx(2.093024 * 0.01 * np.sqrt(20 / 19 / 20), abs=1e-6)
+
+    values = np.arange(21) / 100
+    history = pd.DataFrame(
+        {report.SETTING: "a", "seed": range(1, 22), "epoch": 0} | dict.fromkeys(study.FIGURES, values)
+    )
+    published = pd.DataFrame({name: [0.05] for name in study.FIGURES})
+    last = report.describe(runs, history, published, "a", 0.91)["last_epoch"]["test_acc"]
+    assert last["percentile"] == pytest.approx(100 * 5 / 21, abs=1e-6)
+    assert (last["median"], last["band_90"]) == (0.1, [0.01, 0.19])
+
+
+def test_a_curve_has_the_median_the_bands_and_the_published_figures() -> None:
+    values = np.arange(21) / 100
+    columns = {report.SETTING: "a", "seed": list(range(1, 22)) * 2, "epoch": [0] * 21 + [1] * 21}
+    history = pd.DataFrame(columns | {"test_acc": [*values, *(values + 0.5)]})
+    published = pd.DataFrame({"epoch": [0, 1], "test_acc": [0.3, 0.4]})
+    (axes,) = report.curves(history, published, "test_acc", ["none of it", "a"]).axes
+    outlines = [np.asarray(path.vertices) for band in axes.collections for path in band.get_paths()]
+    bands = [tuple(np.unique(outline[:, 1]).round(6)) for outline in outlines]
+    assert bands == [(0.01, 0.19, 0.51, 0.69), (0.05, 0.15, 0.55, 0.65)]
+    drawn = {line.get_label(): list(np.asarray(line.get_ydata()).round(6)) for line in axes.lines}
+    assert drawn == {"none of it": [], "a": [0.1, 0.6], "published": [0.3, 0.4]}
+    colours = [line.get_color() for line in axes.lines]
+    assert colours[:2] == report._colours(2)
+
+
+@pytest.mark.parametrize("far_below", [0, 4, 7])
+def test_every_run_is_a_dot_or_counted(far_below: int) -> None:
+    accuracies = [0.98 + n / 1e4 for n in range(30 - far_below)] + [0.5 + n / 100 for n in range(far_below)]
+    runs = pd.DataFrame({report.SETTING: [report.ONLY] * 30, "batch_mean_accuracy": accuracies})
+    (axes,) = report.dots(runs, pd.DataFrame({"test_acc": [0.9775]}), 0.977).axes
+    arrows = [line for line in axes.lines if line.get_marker() == "<"]
+    dots = sum(len(np.asarray(line.get_xdata())) for line in axes.lines if line.get_marker() == "o")
+    assert dots == 30 - far_below
+    assert len(arrows) == (far_below if far_below <= 4 else 1)
+    texts = [text.get_text() for text in axes.texts]
+    assert texts == (["7 runs, 50.0% to 56.0%"] if far_below == 7 else ["50.0%", "51.0%", "52.0%", "53.0%"][:far_below])
+    low, high = sorted(axes.get_ylim())
+    assert all(low < float(np.asarray(line.get_ydata())[0]) < high for line in arrows)
+    marks = {str(line.get_label()): np.asarray(line.get_xdata())[0] for line in axes.lines[-2:]}
+    assert marks == {"published": 0.9775, "target": 0.977}
+
+
 def test_mlflow_has_one_parent_and_a_child_for_each_run_and_gets_them_once(repository: Path) -> None:
     mlflow.set_tracking_uri(f"sqlite:///{repository}/mlflow.db")
 
@@ -499,6 +696,16 @@ def test_mlflow_has_one_parent_and_a_child_for_each_run_and_gets_them_once(repos
     client.set_terminated(parent.info.run_id, "KILLED")  # as when it was stopped before its end
     assert "is now complete" in project.run(repository, *TRACK).stdout
     assert len(found()) == len(before)
+    (parent,) = [run for run in found() if "mlflow.parentRunId" not in run.data.tags]
+    shutil.rmtree(parent.info.artifact_uri.removeprefix("file://"))
+    assert "has new results" in project.run(repository, *TRACK).stdout
+    assert client.list_artifacts(parent.info.run_id, "plots")
     (repository / "mlflow.db").unlink()
     assert "is now complete" in project.run(repository, *TRACK).stdout
     assert len(found()) == len(before)
+
+    table = repository / study.RUNS
+    table.write_text(re.sub(r"^(1,)0\.\d+", r"\g<1>0.999999", table.read_text(), flags=re.MULTILINE))
+    done = project.run(repository, *TRACK, check=False)
+    line = "study_tracking: results/study/runs.csv is not what the study has made; run `make study`\n"
+    assert (done.returncode, done.stderr) == (1, line)

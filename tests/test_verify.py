@@ -16,6 +16,7 @@ from mnist_mlp import verify as verification
 from tests import project
 
 WEIGHTS, PROBABILITIES = "the MD5 of the stored model's weights", "the MD5 of its probabilities for the test images"
+WRONG_DIGITS = r"path: results/plots/wrong_digits.png\n *hash: md5\n *md5: (\w+)"  # in dvc.lock
 CHAMPION = f"models:/{registry.NAME}@{registry.CHAMPION}"
 
 
@@ -98,9 +99,9 @@ def test_a_run_is_proved_with_code_that_is_committed_only_after_it_and_nothing_i
     assert f"identical: run {new.info.run_id}, commit {commit[:10]}, every figure and byte" in done.stdout
     assert files(repository) == before
 
-    artifacts = Path(new.info.artifact_uri.replace("file://" + str(repository), str(repository)))
+    artifacts = Path(new.info.artifact_uri.removeprefix("file://"))
     lock = artifacts / "dvc.lock"
-    (digest,) = re.findall(r"md5: (\w+)\n *path: results/plots/wrong_digits.png", lock.read_text())
+    (digest,) = re.findall(WRONG_DIGITS, lock.read_text())
     lock.write_text(lock.read_text().replace(digest, "f" * 32))
     done = verify(repository, new.info.run_id)
     assert done.returncode == 1, done.stderr
@@ -184,7 +185,7 @@ def test_a_commit_whose_file_does_not_come_out_again_is_different(finished: Path
     pipeline, lock = repository / "dvc.yaml", repository / "dvc.lock"
     copies = f"cmd: rm -rf results && cp -r {finished}/results ."
     pipeline.write_text(re.sub(r"cmd: python -m stages\.(train|evaluate|plot)", copies, pipeline.read_text()))
-    (digest,) = re.findall(r"path: results/plots/wrong_digits.png\n *hash: md5\n *md5: (\w+)", lock.read_text())
+    (digest,) = re.findall(WRONG_DIGITS, lock.read_text())
     lock.write_text(lock.read_text().replace(digest, "f" * 32))
     project.commit(repository)
     project.edit(repository, {"train.lr": 0.05})
@@ -194,6 +195,22 @@ def test_a_commit_whose_file_does_not_come_out_again_is_different(finished: Path
     assert done.stdout.splitlines()[-1] == f"results/plots/wrong_digits.png is {'f' * 32} in dvc.lock, {digest} here"
     done = verify(repository, "HEAD~2~1")
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+
+
+def test_every_stage_is_run_again_and_compared(finished: Path, repository: Path) -> None:
+    """Also one on which no other depends. Those from the commit copy results, which is quick."""
+    pipeline = repository / "dvc.yaml"
+    copies = f"cmd: rm -rf results && cp -r {finished}/results ."
+    text = re.sub(r"cmd: python -m stages\.(train|evaluate|plot)", copies, pipeline.read_text())
+    own = (
+        "  own:\n    cmd: date +%N > own.txt\n    deps: [results/metrics.json]\n    outs: [own.txt: {cache: false}]\n\n"
+    )
+    pipeline.write_text(text.replace("  track:\n", f"{own}  track:\n"))
+    project.run(repository, "dvc", "repro", "own")
+    project.commit(repository)
+    done = verify(repository, "HEAD")
+    assert done.returncode == 1, done.stderr
+    assert re.match(r"own.txt is \w{32} in dvc.lock, \w{32} here$", done.stdout.splitlines()[-1])
 
 
 def test_a_commit_with_other_results_in_git_than_in_dvc_lock_is_different(repository: Path) -> None:
@@ -220,6 +237,7 @@ def test_an_error_that_nobody_expects_is_no_answer_and_named(
 
 
 def test_a_run_whose_files_are_lost_is_no_answer_but_advice_that_works(repository: Path) -> None:
+    project.run(repository, sys.executable, "-m", "stages.track")  # the copy is the store's place now
     (lost,) = project.runs(repository)
     shutil.rmtree(repository / "mlruns")
     done = verify(repository, CHAMPION)
