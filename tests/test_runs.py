@@ -80,6 +80,16 @@ def test_other_parameters_of_later_stages_are_another_run_of_the_same_model(repo
     assert plots[0] != plots[1]
 
 
+def test_a_training_is_not_continued_with_other_parameters(repository: Path) -> None:
+    project.edit(repository, {"train.epochs": 1})
+    project.run(repository, "dvc", "repro", "train")
+    project.edit(repository, {"plot.dpi": 90})
+    project.run(repository, "dvc", "repro")
+    new, training, _ = project.runs(repository)
+    assert (training.data.params["plot.dpi"], new.data.params["plot.dpi"]) == ("100", "90")
+    assert_complete(repository, new)
+
+
 def test_another_code_is_another_run_with_the_change_that_is_not_committed(repository: Path) -> None:
     (before,) = project.runs(repository)
     evaluate = repository / "stages/evaluate.py"
