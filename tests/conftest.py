@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from tests import project
 ROOT = Path(__file__).parents[1]
 # Two of pytest's processes share the cores. By default, a thread that waits keeps its core busy.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# A shell starts what it runs in the background with Ctrl-C ignored, and all that is started from there inherits that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # The files that take longest, so that they start first. The second needs no repository while the first one makes it.
 FIRST = ("test_server", "test_predict", "test_experiments", "test_study", "test_verify", "test_runs", "test_pipeline")
 
