@@ -60,9 +60,8 @@ def _code() -> list[str]:
     made = {place for output in outputs for place in (output, *map(str, Path(output).parents))}
     needed = {dependency for stage in stages for dependency in stage.get("deps", [])}
     code = sorted({"dvc.yaml", *needed} - made)
-    ignored = (
-        git("check-ignore", "--", *code).stdout.decode().splitlines()
-    )  # data under `dvc add`, which has their hash
+    # Such as data under `dvc add`, whose hash is in dvc.lock.
+    ignored = git("check-ignore", "--", *code).stdout.decode().splitlines()
     return [path for path in code if path not in ignored]
 
 

@@ -321,7 +321,9 @@ def test_data_of_ones_own_under_dvc_are_no_unknown_code(repository: Path) -> Non
     pipeline.write_text(pipeline.read_text().replace(depends, f"{depends}      - data/own.csv\n"))
     project.commit(repository)
     project.run(repository, "dvc", "repro")
-    assert project.runs(repository)[0].data.tags["git.patch.md5"] == "none"
+    project.run(repository, *TRACK)
+    new, _ = project.runs(repository)
+    assert new.data.tags["git.patch.md5"] == "none"
 
 
 def test_an_address_that_cannot_be_a_store_is_refused_in_one_line(
