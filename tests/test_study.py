@@ -415,6 +415,7 @@ def test_ctrl_c_is_not_lost_while_the_local_cluster_starts(monkeypatch: pytest.M
             pytest.fail("Ctrl-C is lost")
     finally:
         signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # if it came by way of another thread
 
 
 @pytest.mark.parametrize("scheduler", ["none", "without workers", "lost"])
