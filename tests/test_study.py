@@ -419,7 +419,9 @@ def test_ctrl_c_is_not_lost_while_the_local_cluster_starts(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("scheduler", ["none", "without workers", "lost"])
-def test_a_cluster_that_is_not_there_is_one_line(repository: Path, dask_cluster: Cluster, scheduler: str) -> None:
+def test_a_cluster_that_is_not_there_is_one_line(
+    studied: Path, repository: Path, dask_cluster: Cluster, scheduler: str
+) -> None:
     forget(repository)
     env = dask_cluster.env
     if scheduler == "none":
@@ -442,9 +444,12 @@ def test_a_cluster_that_is_not_there_is_one_line(repository: Path, dask_cluster:
     assert env["DASK_SCHEDULER_ADDRESS"] in line
     assert line.endswith("then run this again: finished runs are kept")
     assert cluster.WAIT <= 10  # the rest of the promised 20 seconds are for the imports
+    project.run(repository, "git", "checkout", "--quiet", "mnist_mlp")
+    project.run(repository, *REPLICATE)
+    assert rows(repository) == rows(studied)
 
 
-def test_a_full_disk_is_one_line_and_what_has_ended_is_kept(repository: Path) -> None:
+def test_a_full_disk_is_one_line_and_what_has_ended_is_kept(studied: Path, repository: Path) -> None:
     """In a mount namespace of its own, where `study/runs` is a file system with room for a few files."""
     forget(repository)
     (repository / "study/runs").mkdir()
@@ -458,6 +463,8 @@ def test_a_full_disk_is_one_line_and_what_has_ended_is_kept(repository: Path) ->
     assert done.returncode == 1
     assert re.fullmatch(r"replicate: cannot write \S+/study/runs/\w+\.json: No space left .*untouched\n", done.stderr)
     assert not (repository / study.RUNS).exists()
+    project.run(repository, *REPLICATE)
+    assert rows(repository) == rows(studied)
 
 
 @pytest.mark.parametrize(
