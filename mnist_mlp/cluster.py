@@ -230,10 +230,9 @@ def _bring_project(client: Client) -> str:
 
 def _submit(client: Client, task: str, folder: str, config: Params, worker: str) -> Future[Any]:
     """Ask a worker for ``check_worker`` or ``run_on_worker``."""
-    plugin = PLUGIN
 
     def on_worker(content: dict[str, Any]) -> Any:
-        if problem := vars(get_worker().plugins[plugin]).get("problem"):
+        if problem := vars(get_worker().plugins[PLUGIN]).get("problem"):
             raise problem
         from mnist_mlp import cluster  # the worker's own
 
