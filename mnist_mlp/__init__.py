@@ -52,19 +52,20 @@ def run_command(main: Callable[[], object]) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
-    except (UserError, OSError) as error:
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
+        text = str(error)
+        if isinstance(error, MemoryError | RuntimeError):
+            if isinstance(error, RuntimeError) and "allocate" not in text:  # PyTorch's word for too little memory
+                raise
+            text = "too little memory; lower model.hidden or train.batch_size in params.yaml"
         # DVC removes a stage's results before it runs the stage, and keeps a copy in its cache. But not here in an
         # experiment that works in a copy, nor by a stage of the study: those have a colon in their names.
         here = Path.cwd() == ROOT and ":" not in os.environ.get("DVC_STAGE", ":")
         removed = here and not all(path.exists() for path in (MODEL, HISTORY, METRICS, PREDICTIONS))
         hint = "; when this is mended, `dvc repro` restores what this machine has computed before" if removed else ""
-        sys.exit(f"{Path(sys.argv[0]).stem}: {error}{hint}")
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate" not in str(error):  # PyTorch's word for too little memory
-            raise
-        sys.exit(f"{Path(sys.argv[0]).stem}: too little memory; lower model.hidden or train.batch_size in params.yaml")
-    except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(f"{Path(sys.argv[0]).stem}: {text}{hint}")
 
 
 def cpu() -> str:

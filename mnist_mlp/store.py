@@ -1,6 +1,7 @@
 """Where MLflow's store is, and how it is opened: a server or database, or by default mlflow.db in the repository."""
 
 import csv
+import logging
 import os
 import platform
 import re
@@ -29,6 +30,10 @@ EXPERIMENT = "mnist"
 STUDY = "mnist-study"  # an experiment of its own: its hundred runs would hide the pipeline's
 PUBLISHED_RUN = "published"
 SQLITE = "sqlite:///"
+# MLflow's remarks on tables that it creates and on files that it does not find. `make verify` makes a store of its own,
+# and the user would take the former for his; after the latter comes our line on the model that is lost.
+for _remarks in ("mlflow.store.db.utils", "mlflow.store.artifact.artifact_repo"):
+    logging.getLogger(_remarks).setLevel(logging.WARNING)
 CHOSEN = os.environ.get("MLFLOW_TRACKING_URI", "")  # by the user; MLflow itself sets the variable later
 
 
@@ -89,7 +94,13 @@ def connect(experiment: str = EXPERIMENT) -> None:
                 _add_published_run(name)
                 _end_runs_of_killed_processes(name)
     except (MlflowException, SQLAlchemyError, OSError) as error:
-        raise UserError(f"MLflow at {first_line(address)} refuses: {first_line(error)}") from None
+        raise refusal(address, error) from None
+
+
+def refusal(address: str, error: Exception) -> UserError:
+    """Say that a store refuses, and what helps if it is a damaged file."""
+    advice = "; if it is damaged, move it away, and `make track` makes another" if address.startswith(SQLITE) else ""
+    return UserError(f"MLflow at {first_line(address)} refuses: {first_line(error)}{advice}")
 
 
 def experiment_id(name: str = EXPERIMENT) -> str:

@@ -6,6 +6,7 @@ after ``rm mlflow.db``, and prints what the study found.
 
 import json
 import re
+from typing import Any
 
 import mlflow
 from mlflow.entities import Metric, Param
@@ -20,7 +21,10 @@ from mnist_mlp.params import VARIABLE, Params
 
 def main() -> None:
     """Write what MLflow lacks, and say what the study found."""
-    print(f"MLflow: {track(params.load())}")
+    config = params.load()
+    study.check_parameters(config)
+    _check_files(lineage.read_stages(study.LOCK.read_bytes()))
+    print(f"MLflow: {track(config)}")
     print(f"        {store.page(store.STUDY)}")
     print(study.in_words(json.loads(study.SUMMARY.read_text())))
 
@@ -38,11 +42,9 @@ def track(config: Params) -> str:
         UserError: no MLflow store is available, or the tables are not those of a study with these parameters.
     """
     study.check_parameters(config)
+    _check_files(study.recorded())
     store.connect(store.STUDY)
     values = {name: config.flat()[name] for name in VARIABLE}
-    for path, md5 in lineage.outputs(study.recorded()).items():
-        if lineage.file_md5(path) != md5:
-            raise UserError(f"{path} is not what the study has made; run `make study`")
     tables = [path.read_bytes() for path in (study.RUNS, study.HISTORY)]
     digest = lineage.md5(b"".join([json.dumps(values, sort_keys=True).encode(), *tables]))
     try:
@@ -56,6 +58,12 @@ def track(config: Params) -> str:
             return f"study {name} is now complete"
     except (MlflowException, OSError) as error:
         raise UserError(f"MLflow refuses: {store.first_line(error)}; `make study` tries again") from None
+
+
+def _check_files(stages: dict[str, Any]) -> None:
+    for path, md5 in lineage.outputs(stages).items():
+        if lineage.file_md5(path) != md5:
+            raise UserError(f"{path} is not what the study has made; run `make study`")
 
 
 def _write(config: Params, digest: str, runs: list[tuple[study.Row, study.Run]]) -> str:

@@ -33,6 +33,7 @@ os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
 import mlflow
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
+from sqlalchemy.exc import SQLAlchemyError
 
 from mnist_mlp import HISTORY, METRICS, MODEL, UserError, data, lineage, registry, run_command, store, tracking
 
@@ -74,8 +75,9 @@ def main() -> None:
 def verify_commit(revision: str) -> Proof:
     """Run the pipeline of a commit again, and compare every file with the commit's ``dvc.lock``."""
     commit = _git("rev-parse", "--verify", f"{revision}^{{commit}}")
-    lock, pipeline = (_git("show", f"{commit}:{name}").encode() for name in ("dvc.lock", "dvc.yaml"))
-    recorded = _outputs(lineage.locked_stages(lock, pipeline), f"commit {commit[:10]}")
+    lock, pipeline = (lineage.git("show", f"{commit}:{name}") for name in ("dvc.lock", "dvc.yaml"))
+    stages = {} if lock.returncode else lineage.locked_stages(lock.stdout, pipeline.stdout)
+    recorded = _outputs(stages, f"commit {commit[:10]}")
     if forged := _forged(commit, recorded):
         return Proof(f"commit {commit[:10]}", forged)
     print(f"running commit {commit[:10]} again", flush=True)
@@ -108,7 +110,10 @@ def verify_run(model: str) -> Proof:
     if address.startswith(store.SQLITE) and not Path(address.removeprefix(store.SQLITE)).exists():
         raise UserError(f"there is no MLflow store at {address}; `make track` makes one from the results")
     mlflow.set_tracking_uri(address)
-    run = _find(model)
+    try:
+        run = _find(model)
+    except SQLAlchemyError as error:
+        raise store.refusal(address, error) from None
     _check(run)
     origin = f"run {run.info.run_id}, commit {run.data.tags['git.commit'][:10]}"
     print(f"running again: {origin}", flush=True)
@@ -177,10 +182,10 @@ def _check(run: Run) -> None:
     if "git.commit" not in tags:
         raise UserError(f"{name} is none of the pipeline's, so nothing can be run again")
     if run.info.status != "FINISHED":
-        raise UserError(f"{name} is {run.info.status}; only a finished run can be verified")
+        raise UserError(f"{name} is {run.info.status}, not finished; `make track` makes a run of the present results")
     if missing := [key for key in NEEDED if key not in tags]:
         raise UserError(
-            f"{name} recorded no {', '.join(missing)}; `make track` completes the run of the present results"
+            f"{name} recorded no {', '.join(missing)}; `make repro` completes the run of the present results"
         )
     if unknown := [key for key in NEEDED if tags[key] == lineage.UNKNOWN]:
         raise UserError(f"{name} does not know its {', '.join(unknown)}, because Git failed when it was made")
@@ -245,7 +250,9 @@ def _model_hashes(uri: str) -> Values:
                 probabilities = model(torch.from_numpy(data.load("t10k")[0]))
     except (MlflowException, OSError, RuntimeError) as error:
         reason = store.first_line(error).partition(". ")[0]
-        raise UserError(f"{uri}: its files are lost, damaged or unsafe ({reason})") from None
+        raise UserError(
+            f"{uri}: its files are lost, damaged or unsafe ({reason}); `make track` replaces lost ones from the results"
+        ) from None
     return {
         "the MD5 of the stored model's weights": lineage.md5(weights),
         "the MD5 of its probabilities for the test images": lineage.md5(probabilities.numpy().tobytes()),
@@ -261,7 +268,7 @@ def _model_uri(run: Run) -> str:
 
 def _outputs(stages: dict[str, Any], origin: str) -> Values:
     if not {"train", "evaluate", "plot"} <= stages.keys():
-        raise UserError(f"{origin} has no results in its dvc.lock")
+        raise UserError(f"{origin} has no dvc.lock with results of train, evaluate and plot")
     return lineage.outputs(stages)
 
 
@@ -272,6 +279,7 @@ def _made(clone: Path) -> Values:
 def _clone(commit: str, folder: Path) -> Path:
     """Check a commit out, without the results in it, and put the data beside."""
     clone = folder / "clone"
+    _git("archive", "--output", os.devnull, commit)  # fetches the files that a partial clone lacks
     _git("clone", "--quiet", "--no-checkout", "--shared", ".", str(clone))  # with commits that are on no branch, too
     _git("-C", str(clone), "checkout", "--quiet", "--detach", commit)
     shutil.rmtree(clone / MODEL.parent, ignore_errors=True)

@@ -712,8 +712,13 @@ def test_mlflow_has_one_parent_and_a_child_for_each_run_and_gets_them_once(repos
     assert "is now complete" in project.run(repository, *TRACK).stdout
     assert len(found()) == len(before)
 
-    table = repository / study.RUNS
-    table.write_text(re.sub(r"^(1,)0\.\d+", r"\g<1>0.999999", table.read_text(), flags=re.MULTILINE))
-    done = project.run(repository, *TRACK, check=False)
-    line = "study_tracking: results/study/runs.csv is not what the study has made; run `make study`\n"
-    assert (done.returncode, done.stderr) == (1, line)
+    table = (repository / study.RUNS).read_text()
+    better = re.sub(r"^(1,)0\.\d+", r"\g<1>0.999999", table, flags=re.MULTILINE)
+    for path, damage in ((study.SUMMARY, "{"), (study.RUNS, better)):
+        (repository / path).write_text(damage)
+        done = project.run(repository, *TRACK, check=False)
+        line = f"study_tracking: {path} is not what the study has made; run `make study`\n"
+        assert (done.returncode, done.stderr) == (1, line)
+        project.run(repository, "dvc", "repro", "study/dvc.yaml")  # as `make study` does
+        assert "was complete" in project.run(repository, *TRACK).stdout
+    assert (repository / study.RUNS).read_text() == table

@@ -11,7 +11,7 @@ import mlflow
 import pytest
 import torch
 
-from mnist_mlp import MODEL, net, params, registry, store, tracking
+from mnist_mlp import MODEL, lineage, net, params, registry, store, tracking
 from mnist_mlp import verify as verification
 from tests import project
 
@@ -168,13 +168,15 @@ def test_a_stored_model_that_computes_something_else_is_different(
     assert verification._model_hashes(CHAMPION)[WEIGHTS] != right[WEIGHTS]
 
 
-def test_a_commit_is_proved_without_any_store(finished: Path, tmp_path: Path) -> None:
-    """A reviewer's clone: nothing but Git and the data. An edit in the workspace does not matter."""
+def test_a_commit_is_proved_without_any_store(repository: Path, tmp_path: Path) -> None:
+    """A reviewer's clone: nothing but Git and the data, and of the files in Git only those of the last commit."""
     clone = tmp_path / "a clone"
-    project.run(tmp_path, "git", "clone", "--quiet", str(finished), str(clone))
-    shutil.copytree(finished / "data/MNIST/raw", clone / "data/MNIST/raw", dirs_exist_ok=True)
-    project.edit(clone, {"train.lr": 0.05})
-    done = verify(clone, "HEAD")
+    project.edit(repository, {"train.lr": 0.05})
+    project.commit(repository)
+    project.run(repository, "git", "config", "uploadpack.allowFilter", "true")
+    project.run(tmp_path, "git", "clone", "--quiet", "--filter=blob:none", f"file://{repository}", str(clone))
+    shutil.copytree(repository / "data/MNIST/raw", clone / "data/MNIST/raw", dirs_exist_ok=True)
+    done = verify(clone, "HEAD~")
     assert done.returncode == 0, done.stderr
     assert "every figure and byte" in done.stdout
     assert not (clone / "mlflow.db").exists()
@@ -222,10 +224,19 @@ def test_a_commit_with_other_results_in_git_than_in_dvc_lock_is_different(reposi
     assert re.match(r"different: commit \w+\nresults/metrics.json is \w+ in Git, \w+ in dvc.lock\n$", done.stdout)
 
 
-def test_a_broken_store_is_no_answer(repository: Path) -> None:
-    (repository / "mlflow.db").write_text("It was a dark and stormy night; the rain fell in torrents.")
+def test_a_broken_store_is_no_answer_but_advice_that_works(repository: Path) -> None:
+    database = repository / "mlflow.db"
+    database.write_text("It was a dark and stormy night; the rain fell in torrents.")
     done = verify(repository, CHAMPION)
-    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
+    reason = f"MLflow at sqlite:///{database} refuses: (sqlite3.DatabaseError) file is not a database"
+    line = f"verify: {reason}; if it is damaged, move it away, and `make track` makes another\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", line)
+    done = project.run(repository, sys.executable, "-m", "stages.track", check=False)
+    assert (done.returncode, done.stderr) == (1, line.replace("verify", "track"))
+    database.rename(repository / "damaged")
+    project.run(repository, sys.executable, "-m", "stages.track")
+    (run,) = project.runs(repository)
+    assert verification._find(CHAMPION).info.run_id == run.info.run_id
 
 
 def test_an_error_that_nobody_expects_is_no_answer_and_named(
@@ -234,6 +245,22 @@ def test_an_error_that_nobody_expects_is_no_answer_and_named(
     """Status 1 would mean 'different'; and the text of a KeyError says little."""
     monkeypatch.setattr(verification, "verify_run", {}.__getitem__)
     assert refusal(repository, CHAMPION) == f"verify: KeyError: '{CHAMPION}'\n"
+
+
+def test_a_model_whose_files_are_lost_is_no_answer_but_advice_that_works(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project.run(repository, sys.executable, "-m", "stages.track")  # the copy is the store's place now
+    for folder in repository.glob("mlruns/models/*/artifacts"):
+        shutil.rmtree(folder)
+    done = verify(repository, CHAMPION)
+    reason = "its files are lost, damaged or unsafe (No such artifact: 'MLmodel')"
+    line = f"verify: {CHAMPION}: {reason}; `make track` replaces lost ones from the results\n"
+    assert (done.returncode, done.stderr) == (2, line)
+    project.run(repository, sys.executable, "-m", "stages.track")
+    monkeypatch.chdir(repository)
+    mlflow.set_tracking_uri(f"sqlite:///{repository}/mlflow.db")
+    assert verification._model_hashes(CHAMPION)[WEIGHTS] == lineage.md5(MODEL.read_bytes())
 
 
 def test_a_run_whose_files_are_lost_is_no_answer_but_advice_that_works(repository: Path) -> None:
@@ -271,6 +298,12 @@ def test_an_unknown_model_is_refused_in_one_line(
     finished: Path, model: str, reason: str, refusal: Callable[[Path, str], str]
 ) -> None:
     assert reason in refusal(finished, model)
+
+
+def test_a_commit_without_results_is_refused(repository: Path, refusal: Callable[[Path, str], str]) -> None:
+    found = project.run(repository, "git", "rev-list", "--max-parents=0", "HEAD").stdout[:10]
+    line = f"verify: commit {found} has no dvc.lock with results of train, evaluate and plot\n"
+    assert refusal(repository, found) == line
 
 
 def test_a_commit_of_another_repository_is_refused(repository: Path, refusal: Callable[[Path, str], str]) -> None:
