@@ -1,6 +1,7 @@
 """What a result comes from: the commit, the changes that are not committed, and what DVC has recorded in dvc.lock."""
 
 import hashlib
+import json
 import os
 import subprocess
 import tempfile
@@ -51,6 +52,15 @@ def patch() -> bytes | None:
                 return None
         changes = git("diff-index", "--cached", "--patch", "--binary", "--no-ext-diff", commit(), env=index)
     return None if changes.returncode else changes.stdout
+
+
+def code_md5() -> str:
+    """Hash the files that the pipeline depends on, as they are now: the same before and after a commit of them."""
+    listed = git("ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *_code())
+    if listed.returncode:
+        return UNKNOWN
+    hashes = {path: file_md5(path) for path in listed.stdout.decode(errors="surrogateescape").split("\0")}
+    return md5(json.dumps({path: found for path, found in hashes.items() if found}, sort_keys=True).encode())
 
 
 def _code() -> list[str]:

@@ -211,8 +211,7 @@ def _files(model_id: str, folder: str | None = None) -> dict[str, int]:
 
 def _find(config: Params, digest: str) -> Run | None:
     """Find the run of the present state: the same code, parameters and model, and the same DVC experiment if any."""
-    patch, experiment = lineage.patch(), os.environ.get("DVC_EXP_NAME")
-    code = {"git.commit": lineage.commit(), "git.patch.md5": _patch_digest(patch)}
+    code, experiment = lineage.code_md5(), os.environ.get("DVC_EXP_NAME")
     params = {name: str(value) for name, value in config.flat().items()}
     found = store.search(f"tags.`model.md5` = '{lineage.md5(MODEL.read_bytes())}' and status = 'FINISHED'")
     for run in sorted(found, key=lambda run: "dvc.lock.md5" not in run.data.tags):  # a complete run before others
@@ -223,7 +222,8 @@ def _find(config: Params, digest: str) -> Run | None:
             # The hashes of all code, data, parameters and results.
             same = tags["dvc.lock.md5"] == digest and has_files(run)
         else:
-            same = run.data.params == params and lineage.UNKNOWN not in code.values() and code.items() <= tags.items()
+            known = lineage.UNKNOWN not in (code, tags.get("git.patch.md5"))
+            same = run.data.params == params and known and tags.get("code.md5") == code
         if same and model_of(run):
             return run
     return None
@@ -270,13 +270,14 @@ def _description(run_id: str, config: Params, metrics: Mapping[str, float]) -> s
         published = float(list(csv.DictReader(file))[-1]["test_acc"])
     target = config.evaluate.target_accuracy
     reached = "reached" if metrics["accuracy"] >= target else "missed"
+    commit = mlflow.get_run(run_id).data.tags["git.commit"]  # the training's, since which the code may be committed
     return f"""\
 Test accuracy **{metrics["accuracy"]:.2%}** of 10,000 images. The target of {target:.2%} is {reached}.
 
 Mean over batches, as the tutorial counts: {metrics["batch_mean_accuracy"]:.4%}; published: {published:.4%}.
 
 - Prove it: `make verify MODEL={run_id}`
-- Repeat it: `git checkout {lineage.commit()}`, copy this run's artifact `params.yaml` there, \
+- Repeat it: `git checkout {commit}`, copy this run's artifact `params.yaml` there, \
 `git apply` its artifact `{PATCH}` if it has one, then `dvc repro`
 """
 
@@ -293,16 +294,11 @@ def provenance(patch: bytes | None) -> dict[str, str]:
     return versions | {
         "git.commit": lineage.commit(),
         "git.branch": lineage.git("-C", str(ROOT), "rev-parse", "--abbrev-ref", "HEAD").stdout.decode().strip(),
-        "git.patch.md5": _patch_digest(patch),
+        "git.patch.md5": lineage.UNKNOWN if patch is None else lineage.md5(patch) if patch else CLEAN,
+        "code.md5": lineage.code_md5(),
         "data.digest": data.DIGEST,
         "python": platform.python_version(),
         "cpu": cpu(),
         "host": platform.node(),
         "pid": str(os.getpid()),
     }
-
-
-def _patch_digest(patch: bytes | None) -> str:
-    if patch is None:
-        return lineage.UNKNOWN
-    return lineage.md5(patch) if patch else CLEAN

@@ -90,6 +90,27 @@ def test_a_training_is_not_continued_with_other_parameters(repository: Path) -> 
     assert_complete(repository, new)
 
 
+def test_a_training_is_continued_after_a_commit_of_its_code_and_not_with_another(repository: Path) -> None:
+    train, plot = (repository / "stages" / name for name in ("train.py", "plot.py"))
+    train.write_text(train.read_text() + "# edited\n")
+    project.run(repository, "dvc", "repro", "train")
+    plot.write_text(plot.read_text() + "# edited\n")
+    project.run(repository, "dvc", "repro", "plot")
+    project.run(repository, *TRACK)
+    assert len(project.runs(repository)) == 3
+
+    train.write_text(train.read_text() + "# edited again\n")
+    project.run(repository, "dvc", "repro", "train")
+    project.commit(repository)
+    project.run(repository, "dvc", "repro")
+    new, *others = project.runs(repository)
+    assert len(others) == 3
+    assert_complete(repository, new)
+    assert f"git checkout {new.data.tags['git.commit']}" in new.data.tags["mlflow.note.content"]
+    done = project.run(repository, sys.executable, "-m", "mnist_mlp.verify", new.info.run_id)
+    assert "identical" in done.stdout
+
+
 def test_another_code_is_another_run_with_the_change_that_is_not_committed(repository: Path) -> None:
     (before,) = project.runs(repository)
     evaluate = repository / "stages/evaluate.py"
@@ -125,7 +146,6 @@ def test_a_git_that_fails_counts_as_unknown(repository: Path, tmp_path: Path) ->
 
 
 def test_a_run_that_is_continued_and_interrupted_stays_finished(repository: Path) -> None:
-    project.run(repository, "git", "reset", "--quiet", "--soft", "HEAD~")  # to the commit that the run was made from
     project.run(repository, *TRACK)  # the copy is the store's place now
     (run,) = project.runs(repository)
     client(repository).delete_tag(run.info.run_id, "dvc.lock.md5")
