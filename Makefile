@@ -54,6 +54,7 @@ lock: setup  ## make requirements.txt anew from pyproject.toml
 	    --no-emit-index-url --custom-compile-command 'make lock' --output-file requirements.txt pyproject.toml
 
 clone:
+	@test ! -e .git || git rev-parse --git-dir >/dev/null
 	@git rev-parse --verify --quiet HEAD >/dev/null 2>&1 && test -z "$$(git rev-parse --show-cdup)" || { echo \
 	    "This folder is not a Git clone of its own, which DVC and the link from results to commits need. Clone the" \
 	    "repository, or type: git init && git add --all && git commit -m 'Start from the archive'" >&2; exit 1; }

@@ -64,7 +64,7 @@ def run_command(main: Callable[[], object]) -> None:
         # experiment that works in a copy, nor by a stage of the study: those have a colon in their names.
         here = Path.cwd() == ROOT and ":" not in os.environ.get("DVC_STAGE", ":")
         removed = here and not all(path.exists() for path in (MODEL, HISTORY, METRICS, PREDICTIONS))
-        hint = "; when this is mended, `dvc repro` restores what this machine has computed before" if removed else ""
+        hint = "; when this is mended, `dvc repro` restores what DVC's cache has" if removed else ""
         sys.exit(f"{Path(sys.argv[0]).stem}: {text}{hint}")
 
 

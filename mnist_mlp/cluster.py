@@ -261,7 +261,7 @@ def _result(future: Future[Any], config: Params) -> study.Run:
 
 
 def _deadly(config: Params | None) -> UserError:
-    what = f"the run {study.label(config)}" if config else "their check"
+    what = f"the run {study.label(study.identity(config))}" if config else "their check"
     why = "perhaps by too little memory; start fewer on a machine"
     return UserError(f"{DEATHS} workers have died in {what}, {why}, {GO_ON}")
 

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from mnist_mlp import UserError
 from mnist_mlp.params import Params
 
 LOCK = Path("dvc.lock")
 UNKNOWN = "unknown"
+DAMAGED = "is damaged, or in a merge; run `git checkout --ours dvc.lock results`, then `dvc repro`"
 TRACK = "track"  # the stage that records the others; DVC writes its own entry when it has ended
 
 
@@ -89,6 +91,8 @@ def recorded(config: Params) -> dict[str, Any]:
         stages = locked_stages(LOCK.read_bytes(), Path("dvc.yaml").read_bytes())
     except FileNotFoundError:
         raise UserError(f"there is no {LOCK}, so there are no results yet; run `dvc repro`") from None
+    except (YAMLError, TypeError, KeyError):
+        raise UserError(f"{LOCK} {DAMAGED}") from None
     for key, value in parameters(stages).items():
         if (now := config.flat().get(key)) != value:
             raise UserError(f"params.yaml: {key} is {now}, and the results were made with {value}; run `dvc repro`")

@@ -114,7 +114,7 @@ def _is_complete(run_id: str | None) -> bool:
     except MlflowException:
         return False
     there = run.info.status == "FINISHED" and run.info.lifecycle_stage == "active"
-    return there and "dvc.lock.md5" in run.data.tags and tracking.has_files(run)
+    return there and "dvc.lock.md5" in run.data.tags and tracking.is_repeatable(run)
 
 
 def _merit(version: ModelVersion) -> tuple[bool, float]:

@@ -39,9 +39,14 @@ def configs(config: Params) -> list[Params]:
     ]
 
 
-def label(config: Params) -> str:
-    """Name a run by the values of its varied parameters and its seed."""
-    return ", ".join(f"{name} {config.flat()[name]}" for name in [*config.study.vary, "train.seed"])
+def identity(config: Params) -> Row:
+    """Give the columns that tell a run from the others of its study: the varied parameters and the seed."""
+    return {name: str(config.flat()[name]) for name in config.study.vary} | {"seed": str(config.train.seed)}
+
+
+def label(identity: Row) -> str:
+    """Name a run, such as ``train.lr 0.05, seed 1``."""
+    return ", ".join(f"{name} {value}" for name, value in identity.items())
 
 
 def varied(row: Row) -> Row:
@@ -85,10 +90,7 @@ def tables(config: Params, runs: Sequence[Run]) -> tuple[str, str]:
         config: for the names of the varied parameters.
         runs: in the order of ``configs``, so that the bytes do not depend on which run ended first.
     """
-    heads = [
-        {name: str(member.flat()[name]) for name in config.study.vary} | {"seed": str(member.train.seed)}
-        for member in configs(config)
-    ]
+    heads = [identity(member) for member in configs(config)]
     rows = [head | run.metrics | {"model_md5": run.model_md5} for head, run in zip(heads, runs, strict=True)]
     history = [
         head | {"epoch": str(epoch)} | figures

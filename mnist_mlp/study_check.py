@@ -25,7 +25,7 @@ def main() -> None:
     if differences:
         print(*differences, sep="\n")
         sys.exit(1)
-    print(f"identical: {', '.join(name(row) for row, _ in drawn)}, every figure and the model's MD5")
+    print(f"identical: {'; '.join(study.label(row) for row, _ in drawn)}: every figure and the model's MD5")
 
 
 def draw(config: Params, count: int) -> list[tuple[study.Row, study.Run]]:
@@ -50,7 +50,7 @@ def check(config: Params, drawn: list[tuple[study.Row, study.Run]]) -> list[str]
     for index, again in cluster.run_all([study.config_of(row, config) for row, _ in drawn]):
         row, run = drawn[index]
         if again != run:
-            differences[index] = f"different: {name(row)}: {first_difference(run, again)}"
+            differences[index] = f"different: {study.label(row)}: {first_difference(run, again)}"
     return [differences[index] for index in sorted(differences)]
 
 
@@ -66,11 +66,6 @@ def _figures(run: study.Run) -> study.Row:
         f"epoch {epoch}: {figure}": value for epoch, row in enumerate(run.history) for figure, value in row.items()
     }
     return epochs | run.metrics | {"the model's MD5": run.model_md5 or "none"}
-
-
-def name(row: study.Row) -> str:
-    """Name a run by its varied parameters and its seed."""
-    return " ".join(f"{key} {value}" for key, value in row.items())
 
 
 if __name__ == "__main__":

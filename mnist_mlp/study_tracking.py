@@ -79,7 +79,7 @@ def _write(config: Params, digest: str, runs: list[tuple[study.Row, study.Run]])
         child = client.create_run(
             experiment,
             tags={MLFLOW_PARENT_RUN_ID: parent.info.run_id, "model.md5": run.model_md5},
-            run_name=", ".join(f"{name} {value}" for name, value in row.items()),
+            run_name=study.label(row),
         )
         history = [{"epoch": str(epoch)} | figures for epoch, figures in enumerate(run.history)]
         now = get_current_time_millis()

@@ -173,14 +173,14 @@ def track(config: Params) -> tuple[Run, bool]:
         raise UserError(f"MLflow refuses: {store.first_line(error)}; `make track` tries again") from None
 
 
-def has_files(run: Run) -> bool:
-    """Look whether a complete run still has the files from which it can be run again."""
+def is_repeatable(run: Run) -> bool:
+    """Look whether a complete run has the files from which it can be run again. Without its code it has no patch."""
     try:
         found = {artifact.path for artifact in mlflow.MlflowClient().list_artifacts(run.info.run_id)}
     except (MlflowException, OSError):
         return False
-    patched = run.data.tags.get("git.patch.md5", CLEAN) not in (CLEAN, lineage.UNKNOWN)
-    return {"params.yaml", "dvc.lock"} | ({PATCH} if patched else set()) <= found
+    needed = {"params.yaml", "dvc.lock"} | (set() if run.data.tags.get("git.patch.md5") == CLEAN else {PATCH})
+    return needed <= found
 
 
 def model_of(run: Run) -> str | None:
@@ -212,6 +212,7 @@ def _files(model_id: str, folder: str | None = None) -> dict[str, int]:
 def _find(config: Params, digest: str) -> Run | None:
     """Find the run of the present state: the same code, parameters and model, and the same DVC experiment if any."""
     code, experiment = lineage.code_md5(), os.environ.get("DVC_EXP_NAME")
+    git_fails = lineage.patch() is None  # otherwise, a run that was made when it failed gives way to a new one
     params = {name: str(value) for name, value in config.flat().items()}
     found = store.search(f"tags.`model.md5` = '{lineage.md5(MODEL.read_bytes())}' and status = 'FINISHED'")
     for run in sorted(found, key=lambda run: "dvc.lock.md5" not in run.data.tags):  # a complete run before others
@@ -220,10 +221,10 @@ def _find(config: Params, digest: str) -> Run | None:
             continue
         if "dvc.lock.md5" in tags:
             # The hashes of all code, data, parameters and results.
-            same = tags["dvc.lock.md5"] == digest and has_files(run)
+            same = tags["dvc.lock.md5"] == digest and (git_fails or is_repeatable(run))
         else:
             known = lineage.UNKNOWN not in (code, tags.get("git.patch.md5"))
-            same = run.data.params == params and known and tags.get("code.md5") == code
+            same = known and tags.get("code.md5") == code and run.data.params == params
         if same and model_of(run):
             return run
     return None

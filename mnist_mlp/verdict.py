@@ -28,7 +28,10 @@ def main() -> None:
     config = params.load()
     if not METRICS.exists():
         raise UserError(f"{METRICS} is missing; `dvc repro` makes it")
-    metrics = json.loads(METRICS.read_text())
+    try:
+        metrics = json.loads(METRICS.read_text())
+    except ValueError:
+        raise UserError(f"{METRICS} {lineage.DAMAGED}") from None
     with PUBLISHED.open() as file:
         published = float(list(csv.DictReader(file))[-1]["test_acc"])
     reached = "reached" if metrics["accuracy"] >= config.evaluate.target_accuracy else "missed"
@@ -130,6 +133,8 @@ def _distance() -> list[str]:
 
 def _committed(path: Path) -> bytes | None:
     found = lineage.git("show", f"HEAD:{path}")
+    if found.returncode and (failure := lineage.git("rev-parse", "--git-dir")).returncode:
+        raise UserError(f"Git cannot tell what is committed: {' '.join(failure.stderr.decode().split())}")
     return None if found.returncode else found.stdout
 
 

@@ -179,6 +179,8 @@ def _run(identity: str) -> Run:
 def _check(run: Run) -> None:
     """Refuse a run whose origin is not known, or is not available here."""
     tags, name = run.data.tags, f"run {run.info.run_id}"
+    if mlflow.get_experiment(run.info.experiment_id).name == store.STUDY:
+        raise UserError(f"{name} is one of the study, whose runs `make study-check` proves")
     if "git.commit" not in tags:
         raise UserError(f"{name} is none of the pipeline's, so nothing can be run again")
     if run.info.status != "FINISHED":
@@ -188,7 +190,9 @@ def _check(run: Run) -> None:
             f"{name} recorded no {', '.join(missing)}; `make repro` completes the run of the present results"
         )
     if unknown := [key for key in NEEDED if tags[key] == lineage.UNKNOWN]:
-        raise UserError(f"{name} does not know its {', '.join(unknown)}, because Git failed when it was made")
+        raise UserError(
+            f"{name} does not know its {', '.join(unknown)}, because Git failed; `make track` makes a new run"
+        )
     commit = tags["git.commit"]
     if lineage.git("rev-parse", "--verify", "--quiet", f"{commit}^{{commit}}").returncode:
         raise UserError(f"{name} was made from commit {commit}, which is not in this repository; try `git fetch`")

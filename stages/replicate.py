@@ -41,7 +41,7 @@ def main() -> None:
             bar.set_postfix_str(_mean(runs))
             if bar.disable:
                 outcome = f"accuracy {run.metrics['accuracy']}" if run.metrics else "diverged"
-                print(f"{study.label(member)}: {outcome}", flush=True)
+                print(f"{study.label(study.identity(member))}: {outcome}", flush=True)
 
     for path, table in zip(TABLES, study.tables(config, [runs[key] for key in keys]), strict=True):
         write(path, table)

@@ -65,6 +65,14 @@ def test_an_archive_is_refused_before_the_set_up_and_the_advice_helps(folder: Pa
     assert make(folder, "clone").returncode == 0
 
 
+def test_a_clone_that_git_refuses_is_not_taken_for_an_archive(folder: Path) -> None:
+    """Git says itself what is wrong, such as the folder's owner, and what to do."""
+    (folder / ".git").write_text("gitdir: nowhere\n")
+    refused = make(folder, "repro")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert message(refused).startswith("fatal: not a git repository: ")
+
+
 def test_a_python_that_is_too_old_is_one_line_and_leaves_no_venv(folder: Path) -> None:
     refused = make(folder, "setup", python="false")
     assert refused.returncode == 2

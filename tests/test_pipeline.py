@@ -143,7 +143,7 @@ def test_a_failing_stage_says_why_in_one_line_and_the_last_results_come_back(
     done = project.run(repository, "dvc", "repro", check=False)
     assert done.returncode != 0
     assert message in done.stderr
-    assert "when this is mended, `dvc repro` restores what this machine has computed before" in done.stderr
+    assert "when this is mended, `dvc repro` restores what DVC's cache has" in done.stderr
     assert "Traceback" not in done.stderr
 
     (repository / "params.yaml").write_bytes(good)
@@ -172,7 +172,7 @@ def test_too_little_memory_is_said_in_one_line_with_what_to_lower(tmp_path: Path
     stage = f"import {library}, mnist_mlp; mnist_mlp.run_command(lambda: {library}.empty(1 << 50))"
     environment = project.environment(DVC_STAGE="train", PYTHONPATH=str(project.REPOSITORY))
     done = project.run(tmp_path, sys.executable, "-c", stage, check=False, env=environment)
-    hint = "when this is mended, `dvc repro` restores what this machine has computed before"
+    hint = "when this is mended, `dvc repro` restores what DVC's cache has"
     line = f"-c: too little memory; lower model.hidden or train.batch_size in params.yaml; {hint}\n"
     assert (done.returncode, done.stderr) == (1, line)
 

@@ -132,17 +132,28 @@ def test_another_code_is_another_run_with_the_change_that_is_not_committed(repos
     assert len(project.runs(repository)) == 2  # the commit holds what the run has, so it is the same state
 
 
-def test_a_git_that_fails_counts_as_unknown(repository: Path, tmp_path: Path) -> None:
+def test_a_git_that_fails_counts_as_unknown_until_it_works_again(repository: Path, tmp_path: Path) -> None:
     broken = tmp_path / "bin"
     broken.mkdir()
     (broken / "git").write_text("#!/bin/sh\nexit 128\n")
     (broken / "git").chmod(0o755)
     env = project.environment()
     env["PATH"] = f"{broken}:{env['PATH']}"
-    script = "from mnist_mlp import params, tracking\nwith tracking.new_run(params.load()): pass"  # as `train` begins
-    project.run(repository, sys.executable, "-c", script, env=env)
-    new, _ = project.runs(repository)
-    assert new.data.tags["git.commit"] == new.data.tags["git.patch.md5"] == "unknown"
+    (repository / "mlflow.db").unlink()
+    project.run(repository, sys.executable, "-m", "stages.train", env=env)
+    for _ in range(2):
+        project.run(repository, *TRACK, env=env)
+        unknown, training = project.runs(repository)  # which may be of another code, so it is not continued
+        assert unknown.data.tags["git.commit"] == unknown.data.tags["git.patch.md5"] == "unknown"
+        assert "accuracy" not in training.data.metrics
+
+    for _ in range(2):
+        project.run(repository, *TRACK)
+        new, *others = project.runs(repository)
+        assert [run.info.run_id for run in others] == [unknown.info.run_id, training.info.run_id]
+        assert lineage.UNKNOWN not in new.data.tags.values()
+        version = client(repository).get_model_version_by_alias("mnist-mlp", "champion")
+        assert version.tags[registry.RUN] == new.info.run_id
 
 
 def test_a_run_that_is_continued_and_interrupted_stays_finished(repository: Path) -> None:

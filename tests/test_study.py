@@ -356,7 +356,7 @@ def test_a_run_in_which_every_worker_dies_is_named(repository: Path) -> None:
     change_training(repository, "if config.train.seed == 2: import os; os._exit(9)")
     done = project.run(repository, *REPLICATE, check=False)
     line = (
-        "replicate: 3 workers have died in the run train.seed 2, perhaps by too little memory; "
+        "replicate: 3 workers have died in the run seed 2, perhaps by too little memory; "
         "start fewer on a machine, then run this again: finished runs are kept\n"
     )
     assert (done.returncode, done.stderr) == (1, line)
@@ -507,7 +507,7 @@ def test_a_study_varies_what_stage_train_depends_on() -> None:
 def test_settings_are_compared_by_seed_and_a_diverged_run_is_a_result(repository: Path) -> None:
     project.edit(repository, {"study.vary": {"train.lr": [0.1, 0.05, 10.0]}})
     output = project.run(repository, *STUDY).stdout
-    assert "train.lr 10.0, train.seed 1: diverged" in output
+    assert "train.lr 10.0, seed 1: diverged" in output
     (kept, other, diverged) = (rows(repository)[start : start + SEEDS] for start in (0, SEEDS, 2 * SEEDS))
     assert [row["accuracy"] + row["model_md5"] for row in diverged] == [""] * SEEDS
 
@@ -544,7 +544,7 @@ def test_settings_are_compared_by_seed_and_a_diverged_run_is_a_result(repository
 def test_a_study_whose_runs_all_diverge_is_a_study(repository: Path) -> None:
     project.edit(repository, {"study.seeds": 2, "train.lr": 10.0})
     done = project.run(repository, *STUDY)
-    assert "train.seed 2: diverged" in done.stdout
+    assert "seed 2: diverged" in done.stdout
     (found,) = json.loads((repository / study.SUMMARY).read_text())["settings"]
     assert (found["runs"], found["diverged"], found["accuracy"]["mean"]) == (2, 2, None)
     words = project.run(repository, *TRACK).stdout
@@ -587,7 +587,7 @@ def test_held_out_images_are_the_last_and_no_part_of_the_training(mnist: Path) -
 
 def test_study_check_says_identical_or_the_first_difference(repository: Path) -> None:
     done = project.run(repository, *CHECK)
-    assert re.search(r"^identical: seed \d, seed \d, every figure and the model's MD5$", done.stdout, re.MULTILINE)
+    assert re.search(r"^identical: seed \d; seed \d: every figure and the model's MD5$", done.stdout, re.MULTILINE)
 
     table = repository / study.HISTORY
     table.write_text(re.sub(r"^(\d,1,.*,)0\.\d+$", r"\g<1>0.123456", table.read_text(), flags=re.MULTILINE))

@@ -1,6 +1,7 @@
 """The last lines of `make repro`: are the results the committed ones, and if not, why."""
 
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -106,3 +107,43 @@ def test_committed_code_is_named_if_dvc_lock_is_of_an_older_one(repository: Path
         "likely reason: mnist_mlp/zahl ä.py is edited",
         "likely reason: stages/plot.py is committed, but dvc.lock is of an older one; commit dvc.lock and results",
     ]
+
+
+def test_a_merge_with_conflicts_is_one_line_and_its_advice_ends_it(tried: Path, tmp_path: Path) -> None:
+    repository = project.copy(tried, tmp_path / "repository", store=False)
+    other: dict[str, object] = {"evaluate.batch_size": 1000}
+    for branch, edit in (("one", project.TRIED), ("two", other)):
+        project.run(repository, "git", "checkout", "--quiet", "-b", branch, "main")
+        project.edit(repository, edit)
+        project.run(repository, "dvc", "repro")
+        project.commit(repository)
+    assert project.run(repository, "git", "merge", "one", check=False).returncode == 1
+    cure = "git checkout --ours dvc.lock results"
+    advice = f"is damaged, or in a merge; run `{cure}`, then `dvc repro`"
+    done = check(repository)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"verdict: results/metrics.json {advice}\n")
+    done = project.run(repository, sys.executable, "-m", "stages.track", check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"track: dvc.lock {advice}\n")
+
+    project.run(repository, *cure.split())
+    project.run(repository, "dvc", "repro")
+    project.commit(repository)
+    assert REPRODUCED in check(repository).stdout
+    config = params.load(repository / "params.yaml")
+    assert (config.train.lr, config.evaluate.batch_size) == (0.05, 1000)
+
+
+def test_git_that_fails_is_not_taken_for_a_repository_without_results(repository: Path) -> None:
+    shutil.rmtree(repository / ".git")
+    (repository / ".git").write_text("gitdir: nowhere\n")
+    done = check(repository)
+    assert done.returncode == 1
+    assert done.stderr.startswith("verdict: Git cannot tell what is committed: fatal: not a git repository: ")
+
+
+def test_a_clone_has_the_same_bytes_where_git_is_set_to_convert_line_ends(finished: Path, tmp_path: Path) -> None:
+    crlf = ("-c", "core.autocrlf=true")
+    project.run(tmp_path, "git", *crlf, "clone", "--quiet", *crlf, str(finished), "clone")
+    files = project.run(finished, "git", "ls-files").stdout.split()
+    assert "requirements.txt" in files
+    assert [name for name in files if (finished / name).read_bytes() != (tmp_path / "clone" / name).read_bytes()] == []

@@ -117,7 +117,7 @@ def test_a_run_is_proved_with_code_that_is_committed_only_after_it_and_nothing_i
 def test_a_run_whose_code_is_unknown_is_refused(repository: Path, refusal: Callable[[Path, str], str]) -> None:
     (run,) = project.runs(repository)
     mlflow.MlflowClient().set_tag(run.info.run_id, "git.patch.md5", "unknown")
-    reason = "does not know its git.patch.md5, because Git failed when it was made"
+    reason = "does not know its git.patch.md5, because Git failed; `make track` makes a new run"
     assert refusal(repository, run.info.run_id) == f"verify: run {run.info.run_id} {reason}\n"
 
 
@@ -304,6 +304,13 @@ def test_a_commit_without_results_is_refused(repository: Path, refusal: Callable
     found = project.run(repository, "git", "rev-list", "--max-parents=0", "HEAD").stdout[:10]
     line = f"verify: commit {found} has no dvc.lock with results of train, evaluate and plot\n"
     assert refusal(repository, found) == line
+
+
+def test_a_run_of_the_study_is_refused(repository: Path, refusal: Callable[[Path, str], str]) -> None:
+    client = mlflow.MlflowClient(f"sqlite:///{repository}/mlflow.db")
+    run = client.create_run(client.create_experiment(store.STUDY))
+    line = f"verify: run {run.info.run_id} is one of the study, whose runs `make study-check` proves\n"
+    assert refusal(repository, run.info.run_id) == line
 
 
 def test_a_commit_of_another_repository_is_refused(repository: Path, refusal: Callable[[Path, str], str]) -> None:
