@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import NoReturn
 
 # `python -m` imports this file before the command itself; until then the command's name is "-m". The imports take
 # seconds, and libraries turn a KeyboardInterrupt into errors of their own. So until run_command, Ctrl-C simply ends it.
@@ -52,20 +53,23 @@ def run_command(main: Callable[[], object]) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
+    except (UserError, OSError) as error:
+        _stop(str(error))
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):  # PyTorch's word for too little memory
+            raise
+        _stop("too little memory; lower model.hidden or train.batch_size in params.yaml")
     except KeyboardInterrupt:
         sys.exit(130)
-    except (UserError, OSError, MemoryError, RuntimeError) as error:
-        text = str(error)
-        if isinstance(error, MemoryError | RuntimeError):
-            if isinstance(error, RuntimeError) and "allocate" not in text:  # PyTorch's word for too little memory
-                raise
-            text = "too little memory; lower model.hidden or train.batch_size in params.yaml"
-        # DVC removes a stage's results before it runs the stage, and keeps a copy in its cache. But not here in an
-        # experiment that works in a copy, nor by a stage of the study: those have a colon in their names.
-        here = Path.cwd() == ROOT and ":" not in os.environ.get("DVC_STAGE", ":")
-        removed = here and not all(path.exists() for path in (MODEL, HISTORY, METRICS, PREDICTIONS))
-        hint = "; when this is mended, `dvc repro` restores what DVC's cache has" if removed else ""
-        sys.exit(f"{Path(sys.argv[0]).stem}: {text}{hint}")
+
+
+def _stop(text: str) -> NoReturn:
+    # DVC removes a stage's results before it runs the stage, and keeps a copy in its cache. But not here in an
+    # experiment that works in a copy, nor by a stage of the study: those have a colon in their names.
+    here = Path.cwd() == ROOT and ":" not in os.environ.get("DVC_STAGE", ":")
+    removed = here and not all(path.exists() for path in (MODEL, HISTORY, METRICS, PREDICTIONS))
+    hint = "; when this is mended, `dvc repro` restores what DVC's cache has" if removed else ""
+    sys.exit(f"{Path(sys.argv[0]).stem}: {text}{hint}")
 
 
 def cpu() -> str:

@@ -43,7 +43,7 @@ ADDRESS = "DASK_SCHEDULER_ADDRESS"
 PLUGIN = "mnist-mlp"
 WAIT = 10.0  # seconds for a scheduler to answer, and for a worker to be there
 DEATHS = 3  # of workers in the same run, after which it is to blame
-GO_ON = "then run this again: finished runs are kept"
+GO_ON = "then run this again; `make study` keeps finished runs"
 # Dask's defaults make a training 25 % slower: its workers give every freed block back to the system, and a thread looks
 # every 10 ms at what the worker does (python -m tests.benchmark_study).
 SPEED = {

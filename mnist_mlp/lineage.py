@@ -16,7 +16,7 @@ from mnist_mlp.params import Params
 
 LOCK = Path("dvc.lock")
 UNKNOWN = "unknown"
-DAMAGED = "is damaged, or in a merge; run `git checkout --ours dvc.lock results`, then `dvc repro`"
+DAMAGED = "is damaged, or in a merge; run `git checkout HEAD -- dvc.lock study/dvc.lock results`, then `dvc repro`"
 TRACK = "track"  # the stage that records the others; DVC writes its own entry when it has ended
 
 
@@ -39,6 +39,18 @@ def commit() -> str:
     revision = os.environ.get("DVC_EXP_BASELINE_REV") or "HEAD"
     found = git("rev-parse", "--verify", f"{revision}^{{commit}}")
     return UNKNOWN if found.returncode else found.stdout.decode().strip()
+
+
+def has_commit(name: str) -> bool:
+    """Look whether a commit is in this repository. Git may have removed one that was amended or rebased."""
+    return git("rev-parse", "--verify", "--quiet", f"{name}^{{commit}}").returncode == 0
+
+
+def check_git() -> None:
+    """Raise a UserError with Git's own words if Git does not work here at all."""
+    found = git("rev-parse", "--git-dir")
+    if found.returncode:
+        raise UserError(f"Git fails: {' '.join(found.stderr.decode(errors='replace').split())}")
 
 
 def patch() -> bytes | None:
@@ -91,8 +103,6 @@ def recorded(config: Params) -> dict[str, Any]:
         stages = locked_stages(LOCK.read_bytes(), Path("dvc.yaml").read_bytes())
     except FileNotFoundError:
         raise UserError(f"there is no {LOCK}, so there are no results yet; run `dvc repro`") from None
-    except (YAMLError, TypeError, KeyError):
-        raise UserError(f"{LOCK} {DAMAGED}") from None
     for key, value in parameters(stages).items():
         if (now := config.flat().get(key)) != value:
             raise UserError(f"params.yaml: {key} is {now}, and the results were made with {value}; run `dvc repro`")
@@ -107,8 +117,15 @@ def recorded(config: Params) -> dict[str, Any]:
 
 
 def read_stages(content: bytes) -> dict[str, Any]:
-    """Give the stages of ``dvc.lock`` or ``dvc.yaml``, read as DVC does: for other readers of YAML, 1e-05 is text."""
-    stages: dict[str, Any] = YAML(typ="safe").load(content)["stages"]
+    """Give the stages of ``dvc.lock`` or ``dvc.yaml``, read as DVC does: for other readers of YAML, 1e-05 is text.
+
+    Raises:
+        UserError: it is not such a file, such as in a merge with conflicts.
+    """
+    try:
+        stages: dict[str, Any] = YAML(typ="safe").load(content)["stages"]
+    except (YAMLError, TypeError, KeyError):
+        raise UserError(f"dvc.lock or dvc.yaml {DAMAGED}") from None
     return stages
 
 

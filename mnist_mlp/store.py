@@ -30,10 +30,10 @@ EXPERIMENT = "mnist"
 STUDY = "mnist-study"  # an experiment of its own: its hundred runs would hide the pipeline's
 PUBLISHED_RUN = "published"
 SQLITE = "sqlite:///"
-# MLflow's remarks on tables that it creates and on files that it does not find. `make verify` makes a store of its own,
-# and the user would take the former for his; after the latter comes our line on the model that is lost.
+# MLflow's remarks on tables that it creates, files that it does not find, and databases that refuse, with a hundred
+# lines of traceback. What matters of it is raised as well, and is said in one line.
 for _remarks in ("mlflow.store.db.utils", "mlflow.store.artifact.artifact_repo"):
-    logging.getLogger(_remarks).setLevel(logging.WARNING)
+    logging.getLogger(_remarks).setLevel(logging.CRITICAL)
 CHOSEN = os.environ.get("MLFLOW_TRACKING_URI", "")  # by the user; MLflow itself sets the variable later
 
 
@@ -62,7 +62,9 @@ def uri() -> str:
     except (ImportError, NoSuchModuleError) as error:
         raise UserError(f"MLFLOW_TRACKING_URI names a kind of store that nothing here can open: {error}") from None
     except (MlflowException, SQLAlchemyError, OSError) as error:
-        raise UserError(f"nothing answers at MLFLOW_TRACKING_URI, start it or unset it: {first_line(error)}") from None
+        raise UserError(
+            f"no MLflow store answers at MLFLOW_TRACKING_URI, start it or unset it: {first_line(error)}"
+        ) from None
     return address
 
 
@@ -135,8 +137,9 @@ def lock() -> FileLock:
 
 
 def first_line(text: object) -> str:
-    """Keep the first line, without the user and password that an address in it may hold."""
-    return re.sub(r"//[^/@\s]*@", "//", str(text).strip().partition("\n")[0])
+    """Keep the first line that says something, without the user and password that an address in it may hold."""
+    said = re.sub(r"^\(raised as a result of Query-invoked autoflush.*\n", "", str(text).strip())  # SQLAlchemy's
+    return re.sub(r"//[^/@\s]*@", "//", said.partition("\n")[0])
 
 
 def _create(name: str, artifacts: str | None) -> Experiment:

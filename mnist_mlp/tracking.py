@@ -16,7 +16,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +39,28 @@ FILES = "files"  # a tag of a logged model: each file and its size
 class LiveRun:
     """The active MLflow run of a training. If its server is lost, the training goes on without it."""
 
-    def __init__(self, run_id: str) -> None:
-        """Start with a server that has just answered."""
-        self.run_id = run_id
-        self.lost = False
+    run_id = ""
+    lost = False
+
+    def start(self, config: Params, tags: Mapping[str, str]) -> None:
+        """Open the run with the parameters, the data set, and tags that say what it is made from.
+
+        Raises:
+            UserError: MLflow refuses.
+        """
+        try:
+            patch = lineage.patch()
+            self.run_id = mlflow.start_run(run_name=run_name(), tags=provenance(patch) | dict(tags)).info.run_id
+            mlflow.log_params(config.flat())
+            source = HTTPDatasetSource(config.data.mirrors[0])
+            dataset = MetaDataset(source, name="MNIST", digest=data.DIGEST)  # type: ignore[abstract]
+            mlflow.log_input(dataset, context="training")
+            mlflow.log_artifact("params.yaml")
+            if patch:
+                log_patch(self.run_id, patch)
+        except (MlflowException, OSError) as error:
+            self.lost = True
+            raise UserError(f"MLflow refuses: {store.first_line(error)}") from None
         self._since = time.perf_counter()
 
     def log_epoch(self, epoch: int, figures: Mapping[str, float]) -> None:
@@ -57,8 +75,12 @@ class LiveRun:
         self._send(log_model, config, weights)
 
     def end(self, status: str) -> None:
-        """Close the run."""
-        self._send(mlflow.end_run, status)
+        """Close the run. One that was lost has failed, but MLflow would close it as finished when the process ends."""
+        if not self.lost:
+            self._send(mlflow.end_run, status)
+        else:
+            with suppress(MlflowException, OSError):
+                mlflow.end_run("FAILED")
 
     def _send(self, call: Callable[..., object], *arguments: Any, **options: Any) -> None:
         if self.lost:
@@ -75,26 +97,15 @@ class LiveRun:
 
 @contextmanager
 def new_run(config: Params, **tags: str) -> Iterator[LiveRun]:
-    """Open a run with the parameters, the data set, and tags that say what it is made from; close it as it ended.
+    """Open a run; close it as it ended.
 
     Raises:
         UserError: no MLflow store is available.
     """
     store.connect()
+    live, status = LiveRun(), "FAILED"
     try:
-        patch = lineage.patch()
-        run = mlflow.start_run(run_name=run_name(), tags=provenance(patch) | tags)
-        mlflow.log_params(config.flat())
-        source = HTTPDatasetSource(config.data.mirrors[0])
-        dataset = MetaDataset(source, name="MNIST", digest=data.DIGEST)  # type: ignore[abstract]
-        mlflow.log_input(dataset, context="training")
-        mlflow.log_artifact("params.yaml")
-        if patch:
-            log_patch(run.info.run_id, patch)
-    except (MlflowException, OSError) as error:
-        raise UserError(f"MLflow refuses: {store.first_line(error)}") from None
-    live, status = LiveRun(run.info.run_id), "FAILED"
-    try:
+        live.start(config, tags)
         yield live
         status = "FINISHED"
     except KeyboardInterrupt as error:
@@ -174,13 +185,13 @@ def track(config: Params) -> tuple[Run, bool]:
 
 
 def is_repeatable(run: Run) -> bool:
-    """Look whether a complete run has the files from which it can be run again. Without its code it has no patch."""
+    """Look whether a complete run can be run again: its commit is here, and it has the other files of its origin."""
     try:
         found = {artifact.path for artifact in mlflow.MlflowClient().list_artifacts(run.info.run_id)}
     except (MlflowException, OSError):
         return False
     needed = {"params.yaml", "dvc.lock"} | (set() if run.data.tags.get("git.patch.md5") == CLEAN else {PATCH})
-    return needed <= found
+    return needed <= found and lineage.has_commit(run.data.tags.get("git.commit", lineage.UNKNOWN))
 
 
 def model_of(run: Run) -> str | None:

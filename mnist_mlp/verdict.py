@@ -133,9 +133,10 @@ def _distance() -> list[str]:
 
 def _committed(path: Path) -> bytes | None:
     found = lineage.git("show", f"HEAD:{path}")
-    if found.returncode and (failure := lineage.git("rev-parse", "--git-dir")).returncode:
-        raise UserError(f"Git cannot tell what is committed: {' '.join(failure.stderr.decode().split())}")
-    return None if found.returncode else found.stdout
+    if found.returncode == 0:
+        return found.stdout
+    lineage.check_git()
+    return None
 
 
 if __name__ == "__main__":

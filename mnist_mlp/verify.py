@@ -145,7 +145,8 @@ def _is_revision(model: str) -> bool:
     """Tell a Git revision from a name in MLflow. A run id has 32 hexadecimal digits, a full commit 40."""
     if model.startswith("models:/") or re.fullmatch(r"[0-9a-f]{32}", model):
         return False
-    if lineage.git("rev-parse", "--verify", "--quiet", f"{model}^{{commit}}").returncode:
+    if not lineage.has_commit(model):
+        lineage.check_git()
         raise UserError(f"{model!r} is not known here; accepted are {FORMS}")
     return True
 
@@ -194,8 +195,11 @@ def _check(run: Run) -> None:
             f"{name} does not know its {', '.join(unknown)}, because Git failed; `make track` makes a new run"
         )
     commit = tags["git.commit"]
-    if lineage.git("rev-parse", "--verify", "--quiet", f"{commit}^{{commit}}").returncode:
-        raise UserError(f"{name} was made from commit {commit}, which is not in this repository; try `git fetch`")
+    if not lineage.has_commit(commit):
+        raise UserError(
+            f"{name} was made from commit {commit}, which is not in this repository; "
+            "try `git fetch`, or `make track` for a run of the present results"
+        )
 
 
 def _recorded_values(run: Run, folder: Path) -> Values:

@@ -32,28 +32,30 @@ def test_ctrl_c_during_the_imports_ends_a_command_without_a_traceback(
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
 
 
-# Ctrl-C when SQLite has written a metric and not yet let go of its lock.
+# Ctrl-C when SQLite has written a parameter or a metric, and not yet let go of its lock.
 IN_A_WRITE = """
-import os, signal
+import os, signal, sys
 from sqlalchemy import engine, event
 from mnist_mlp import params, run_command, tracking
 
 def interrupt(connection, cursor, statement, *more):
-    if statement.startswith("INSERT INTO metrics"):
+    if statement.startswith("INSERT INTO " + sys.argv[1]):
         event.remove(engine.Engine, "after_cursor_execute", interrupt)
         os.kill(os.getpid(), signal.SIGINT)
 
 def main():
+    event.listen(engine.Engine, "after_cursor_execute", interrupt)
     with tracking.new_run(params.load()) as run:
-        event.listen(engine.Engine, "after_cursor_execute", interrupt)
         run.log_epoch(0, {"train_loss": 1.0})
 
 run_command(main)
 """
 
 
-def test_ctrl_c_in_the_write_of_a_metric_ends_the_run_as_killed(finished: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("table", ["params", "metrics"])
+def test_ctrl_c_in_a_write_to_mlflow_ends_the_run_as_killed(finished: Path, tmp_path: Path, table: str) -> None:
     folder = project.copy(finished, tmp_path / "repository")
-    done = project.run(folder, sys.executable, "-c", IN_A_WRITE, check=False)
+    project.run(folder, sys.executable, "-m", "stages.track")  # the copy is the store's place now
+    done = project.run(folder, sys.executable, "-c", IN_A_WRITE, table, check=False)
     assert (done.returncode, done.stderr) == (130, "")
     assert project.runs(folder)[0].info.status == "KILLED"

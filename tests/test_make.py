@@ -73,6 +73,18 @@ def test_a_clone_that_git_refuses_is_not_taken_for_an_archive(folder: Path) -> N
     assert message(refused).startswith("fatal: not a git repository: ")
 
 
+def test_repro_checks_the_parameters_first_and_completes_mlflow_and_verify_takes_a_name(folder: Path) -> None:
+    run(folder, "git", "init")
+    run(folder, "git", "commit", "--allow-empty", "-m", "first")
+    assert make(folder, "setup").returncode == 0
+    done = run(folder, "make", "-n", "repro", "verify", "MODEL=HEAD")
+    steps = [line.removeprefix(".venv/bin/") for line in done.stdout.splitlines() if line.startswith(".venv/bin/")]
+    assert steps == [
+        "python -m mnist_mlp.params", "dvc repro", "python -m stages.track", "python -m mnist_mlp.verdict",
+        "python -m mnist_mlp.verify 'HEAD'",
+    ]  # fmt: skip
+
+
 def test_a_python_that_is_too_old_is_one_line_and_leaves_no_venv(folder: Path) -> None:
     refused = make(folder, "setup", python="false")
     assert refused.returncode == 2

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import sqlite3
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -91,12 +92,11 @@ def test_a_training_is_not_continued_with_other_parameters(repository: Path) -> 
 
 
 def test_a_training_is_continued_after_a_commit_of_its_code_and_not_with_another(repository: Path) -> None:
-    train, plot = (repository / "stages" / name for name in ("train.py", "plot.py"))
+    train = repository / "stages/train.py"
     train.write_text(train.read_text() + "# edited\n")
     project.run(repository, "dvc", "repro", "train")
-    plot.write_text(plot.read_text() + "# edited\n")
-    project.run(repository, "dvc", "repro", "plot")
-    project.run(repository, *TRACK)
+    (repository / "stages/new.py").write_text("")
+    project.run(repository, "dvc", "repro")
     assert len(project.runs(repository)) == 3
 
     train.write_text(train.read_text() + "# edited again\n")
@@ -106,9 +106,39 @@ def test_a_training_is_continued_after_a_commit_of_its_code_and_not_with_another
     new, *others = project.runs(repository)
     assert len(others) == 3
     assert_complete(repository, new)
+    project.run(repository, sys.executable, "-m", "stages.train")  # once more, by hand
+    assert f"run {new.info.run_name} was complete" in project.run(repository, *TRACK).stdout
     assert f"git checkout {new.data.tags['git.commit']}" in new.data.tags["mlflow.note.content"]
     done = project.run(repository, sys.executable, "-m", "mnist_mlp.verify", new.info.run_id)
     assert "identical" in done.stdout
+
+
+def test_a_run_that_mlflow_has_lost_is_not_finished(repository: Path) -> None:
+    """Though MLflow answers again at the end of the training."""
+    script = """if True:
+        import mlflow
+        from mnist_mlp import params, tracking
+
+        def refuse(*arguments, **options):
+            raise mlflow.exceptions.MlflowException("away")
+
+        with tracking.new_run(params.load()) as run:
+            mlflow.log_metrics = refuse
+            run.log_epoch(0, {"train_loss": 1.0})
+    """
+    done = project.run(repository, sys.executable, "-c", script)
+    assert done.stderr.startswith("MLflow is lost (away); the training goes on.")
+    assert project.runs(repository)[0].info.status == "FAILED"
+
+
+def test_a_database_that_refuses_is_one_line_and_the_run_has_failed(repository: Path) -> None:
+    """Such as a full or read-only one. MLflow itself prints a hundred lines."""
+    with sqlite3.connect(repository / "mlflow.db") as database:
+        database.execute("CREATE TRIGGER refuse BEFORE INSERT ON params BEGIN INSERT INTO away VALUES (1); END")
+    done = project.run(repository, sys.executable, "-m", "stages.train", check=False)
+    reason = "(sqlite3.OperationalError) no such table: main.away"
+    assert (done.returncode, done.stderr) == (1, f"train: MLflow refuses: {reason}\n")
+    assert project.runs(repository)[0].info.status == "FAILED"
 
 
 def test_another_code_is_another_run_with_the_change_that_is_not_committed(repository: Path) -> None:
@@ -116,6 +146,8 @@ def test_another_code_is_another_run_with_the_change_that_is_not_committed(repos
     evaluate = repository / "stages/evaluate.py"
     evaluate.write_text(evaluate.read_text().replace("    # Lists", '    metrics["twice"] = 2.0\n    # Lists'))
     (repository / "stages/new.py").write_text("NEW = 1\n")
+    pipeline = repository / "dvc.yaml"
+    pipeline.write_text(pipeline.read_text().replace("desc: Score", "desc: Score all"))
     (repository / "data/own.png").write_bytes(b"read by no stage")
     project.run(repository, "dvc", "repro")
     new, old = project.runs(repository)
@@ -124,6 +156,7 @@ def test_another_code_is_another_run_with_the_change_that_is_not_committed(repos
     patch = Path(client(repository).download_artifacts(new.info.run_id, "uncommitted.patch")).read_text()
     assert '+    metrics["twice"] = 2.0' in patch
     assert "+NEW = 1" in patch
+    assert "+    desc: Score all" in patch
     assert "own.png" not in patch
     assert "params.yaml" not in patch
 
@@ -299,6 +332,7 @@ def test_a_moved_folder_keeps_its_store_and_nothing_is_written_to_the_old_place(
     output = project.run(moved, *TRACK).stdout
     assert f"its paths now lead to file://{moved}/mlruns" in output
     (run,) = project.runs(moved)
+    assert run.info.artifact_uri.startswith(f"file://{moved}/mlruns")
     assert_complete(moved, run)
     assert champion(moved) == "1"
     assert client(moved).get_model_version_download_uri("mnist-mlp", "1").startswith(f"file://{moved}/mlruns")
@@ -401,6 +435,7 @@ def better(folder: Path) -> str:
 def test_a_champion_set_by_hand_without_figures_gives_way_to_a_better_one(
     repository: Path, accuracy: str | None
 ) -> None:
+    project.run(repository, *TRACK)  # the copy is the store's place now
     found = client(repository)
     run = found.create_run(project.runs(repository)[0].info.experiment_id)
     found.log_text(run.info.run_id, "by hand", "model/MLmodel")
@@ -409,6 +444,23 @@ def test_a_champion_set_by_hand_without_figures_gives_way_to_a_better_one(
     found.set_registered_model_alias("mnist-mlp", "champion", unknown.version)
     project.run(repository, *TRACK)
     assert alias(repository) == "1"
+
+    if accuracy is None:
+        found.log_metric(run.info.run_id, "accuracy", 0.999)  # by which its run tells that it is the better one
+        project.run(repository, *TRACK)
+        assert alias(repository) == str(unknown.version)
+
+
+def test_a_run_of_a_commit_that_is_gone_gives_way_to_one_that_can_be_run_again(repository: Path) -> None:
+    """As after `git commit --amend`, when Git has cleaned up, or in a colleague's clone."""
+    project.run(repository, *TRACK)  # the copy is the store's place now
+    (gone,) = project.runs(repository)
+    client(repository).set_tag(gone.info.run_id, "git.commit", "0" * 40)
+    project.run(repository, *TRACK)
+    new, _ = project.runs(repository)
+    assert_complete(repository, new)
+    version = client(repository).get_model_version_by_alias("mnist-mlp", "champion")
+    assert (str(version.version), version.tags[registry.RUN]) == ("1", new.info.run_id)
 
 
 def test_of_two_that_register_at_once_the_better_becomes_champion(

@@ -133,7 +133,7 @@ def test_a_server_that_is_down_is_asked_once_and_reported_in_one_line_and_nothin
         assert len(asked) == 1
     assert done.returncode != 0
     (line,) = (line for line in done.stderr.splitlines() if line.startswith(f"{stage}: "))
-    assert line.startswith(f"{stage}: nothing answers at MLFLOW_TRACKING_URI, start it or unset it: ")
+    assert line.startswith(f"{stage}: no MLflow store answers at MLFLOW_TRACKING_URI, start it or unset it: ")
     assert "127.0.0.1" in line or "timeout" in line
     assert "secret" not in done.stderr
     assert "epoch" not in done.stdout

@@ -357,7 +357,7 @@ def test_a_run_in_which_every_worker_dies_is_named(repository: Path) -> None:
     done = project.run(repository, *REPLICATE, check=False)
     line = (
         "replicate: 3 workers have died in the run seed 2, perhaps by too little memory; "
-        "start fewer on a machine, then run this again: finished runs are kept\n"
+        "start fewer on a machine, then run this again; `make study` keeps finished runs\n"
     )
     assert (done.returncode, done.stderr) == (1, line)
 
@@ -442,7 +442,7 @@ def test_a_cluster_that_is_not_there_is_one_line(
     (line,) = errors.splitlines()
     assert line.startswith("replicate: ")
     assert env["DASK_SCHEDULER_ADDRESS"] in line
-    assert line.endswith("then run this again: finished runs are kept")
+    assert line.endswith("then run this again; `make study` keeps finished runs")
     assert cluster.WAIT <= 10  # the rest of the promised 20 seconds are for the imports
     project.run(repository, "git", "checkout", "--quiet", "mnist_mlp")
     project.run(repository, *REPLICATE)

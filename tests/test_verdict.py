@@ -116,14 +116,17 @@ def test_a_merge_with_conflicts_is_one_line_and_its_advice_ends_it(tried: Path, 
         project.run(repository, "git", "checkout", "--quiet", "-b", branch, "main")
         project.edit(repository, edit)
         project.run(repository, "dvc", "repro")
+        (repository / "study/dvc.lock").write_text(f"schema: '2.0'\nstages: {{}}  # {branch}\n")
         project.commit(repository)
     assert project.run(repository, "git", "merge", "one", check=False).returncode == 1
-    cure = "git checkout --ours dvc.lock results"
+    cure = "git checkout HEAD -- dvc.lock study/dvc.lock results"
     advice = f"is damaged, or in a merge; run `{cure}`, then `dvc repro`"
     done = check(repository)
     assert (done.returncode, done.stdout, done.stderr) == (1, "", f"verdict: results/metrics.json {advice}\n")
     done = project.run(repository, sys.executable, "-m", "stages.track", check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"track: dvc.lock {advice}\n")
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"track: dvc.lock or dvc.yaml {advice}\n")
+    done = project.run(repository, sys.executable, "-m", "mnist_mlp.study_check", check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"study_check: dvc.lock or dvc.yaml {advice}\n")
 
     project.run(repository, *cure.split())
     project.run(repository, "dvc", "repro")
@@ -138,7 +141,7 @@ def test_git_that_fails_is_not_taken_for_a_repository_without_results(repository
     (repository / ".git").write_text("gitdir: nowhere\n")
     done = check(repository)
     assert done.returncode == 1
-    assert done.stderr.startswith("verdict: Git cannot tell what is committed: fatal: not a git repository: ")
+    assert done.stderr.startswith("verdict: Git fails: fatal: not a git repository: ")
 
 
 def test_a_clone_has_the_same_bytes_where_git_is_set_to_convert_line_ends(finished: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import mlflow
 import pytest
 import torch
 
-from mnist_mlp import MODEL, lineage, net, params, registry, store, tracking
+from mnist_mlp import MODEL, data, lineage, net, params, registry, store, tracking
 from mnist_mlp import verify as verification
 from tests import project
 
@@ -133,6 +133,20 @@ class Flipped(torch.nn.Module):
         return flipped
 
 
+class Nudged(torch.nn.Module):
+    """Other probabilities for the last test image only, and only in the last bits."""
+
+    def __init__(self, classifier: net.ImageClassifier) -> None:
+        super().__init__()
+        self.net, self.mean, self.std = classifier.net, classifier.mean, classifier.std
+        self.last = data.load("t10k")[0][-1].sum(dtype=int)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        probabilities = net.ImageClassifier.forward(self, images)  # type: ignore[arg-type]
+        is_last = images.flatten(1).long().sum(1, keepdim=True) == int(self.last)
+        return torch.where(is_last, probabilities * (1 + 1e-6), probabilities)
+
+
 def test_a_stored_model_that_computes_something_else_is_different(
     repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,6 +176,11 @@ def test_a_stored_model_that_computes_something_else_is_different(
     done = verify(repository, CHAMPION)
     assert done.returncode == 1, done.stderr
     assert done.stdout.splitlines()[-2].startswith(PROBABILITIES)
+
+    replace(Nudged(classifier))
+    hashes = verification._model_hashes(CHAMPION)
+    assert hashes[WEIGHTS] == right[WEIGHTS]
+    assert hashes[PROBABILITIES] != right[PROBABILITIES]
 
     next(model.parameters()).data[0, 0] += 1e-6
     replace(classifier)
@@ -213,6 +232,12 @@ def test_every_stage_is_run_again_and_compared(finished: Path, repository: Path)
     done = verify(repository, "HEAD")
     assert done.returncode == 1, done.stderr
     assert re.match(r"own.txt is \w{32} in dvc.lock, \w{32} here$", done.stdout.splitlines()[-1])
+
+
+def test_a_result_that_only_one_side_has_is_a_difference() -> None:
+    first_difference = verification._first_difference
+    assert first_difference({"a": "1"}, {"a": "1", "b": "2"}, "in dvc.lock") == ["b is missing in dvc.lock, 2 here"]
+    assert first_difference({"a": "1", "b": "2"}, {"a": "1"}, "in dvc.lock") == ["b is 2 in dvc.lock, missing here"]
 
 
 def test_a_commit_with_other_results_in_git_than_in_dvc_lock_is_different(repository: Path) -> None:
@@ -318,7 +343,7 @@ def test_a_commit_of_another_repository_is_refused(repository: Path, refusal: Ca
     client = mlflow.MlflowClient(f"sqlite:///{repository}/mlflow.db")
     client.set_tag(run.info.run_id, "git.commit", "0" * 40)
     line = refusal(repository, CHAMPION)
-    assert f"commit {'0' * 40}, which is not in this repository; try `git fetch`" in line
+    assert f"commit {'0' * 40}, which is not in this repository; try `git fetch`, or `make track` for a" in line
 
 
 def test_without_a_store_none_is_made(repository: Path, refusal: Callable[[Path, str], str]) -> None:
