@@ -1,5 +1,6 @@
 """The net, and the arithmetic that gives it the same bytes on every x86-64 processor with AVX2."""
 
+import math
 import os
 from collections.abc import Sequence
 from itertools import chain, pairwise
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from mnist_mlp import UserError
+from mnist_mlp import UserError, data
 
 
 class Linear(nn.Linear):
@@ -68,29 +69,32 @@ def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def mlp(hidden: Sequence[int]) -> nn.Sequential:
-    """Build the net: 784 pixels, hidden layers with ReLU, 10 raw scores. 415,310 parameters at 400, 200, 100.
+    """Build the net: pixels in, hidden layers with ReLU, a raw score for each class.
+
+    784-400-200-100-10, as in the tutorial, has 415,310 parameters.
 
     Raises:
         UserError: the machine has too little memory for it.
     """
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    needed = 2 * 4 * sum(n_in * n_out for n_in, n_out in pairwise([784, *hidden, 10]))  # float32, and its gradient
+    widths = [math.prod(data.SHAPE), *hidden, data.CLASSES]
+    needed = 2 * 4 * sum(n_in * n_out for n_in, n_out in pairwise(widths))  # float32, and its gradient
     if needed > memory:
         raise UserError(
             f"params.yaml: model.hidden {list(hidden)} needs at least {needed / 1e9:.0f} GB of memory, "
             f"and this machine has {memory / 1e9:.0f} GB; lower the widths"
         )
-    layers = [(Linear(n_in, n_out), nn.ReLU()) for n_in, n_out in pairwise([784, *hidden, 10])]
+    layers = [(Linear(n_in, n_out), nn.ReLU()) for n_in, n_out in pairwise(widths)]
     return nn.Sequential(*chain(*layers))[:-1]
 
 
 def normalise(images: Tensor, mean: float, std: float) -> Tensor:
-    """Turn grey levels 0 to 255, (N, 28, 28) uint8, into the net's input, (N, 784) float32."""
+    """Turn grey levels 0 to 255, (N, *SHAPE) uint8, into the net's input, (N, pixels) float32."""
     return images.flatten(1).float().div_(255).sub_(mean).div_(std)
 
 
 class ImageClassifier(nn.Module):
-    """The net as others use it: raw images (N, 28, 28), uint8, to probabilities (N, 10)."""
+    """The net as others use it: raw images (N, *SHAPE), uint8, to probabilities (N, CLASSES)."""
 
     def __init__(self, net: nn.Module, mean: float, std: float) -> None:
         """Wrap a net that was trained on ``normalise(images, mean, std)``."""

