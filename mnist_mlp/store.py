@@ -1,16 +1,19 @@
 """Where MLflow's store is, and how it is opened: a server or database, or by default mlflow.db in the repository."""
 
-import csv
 import logging
 import os
 import platform
 import re
+import sqlite3
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 # A server that is down should be reported within seconds; with MLflow's own values this takes minutes.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
 os.environ.setdefault("PGCONNECT_TIMEOUT", "5")  # seconds; read by PostgreSQL's client library
 
 import mlflow
@@ -18,13 +21,14 @@ import sqlalchemy
 from filelock import FileLock
 from mlflow.entities import Experiment, Metric, Run, ViewType
 from mlflow.exceptions import MlflowException
-from mlflow.store.db.utils import create_sqlalchemy_engine
+from mlflow.store.db.utils import _get_latest_schema_revision, create_sqlalchemy_engine
 from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request
 from mlflow.utils.time import get_current_time_millis
+from requests.utils import get_environ_proxies
 from sqlalchemy.exc import NoSuchModuleError, SQLAlchemyError
 
-from mnist_mlp import PUBLISHED, ROOT, UserError
+from mnist_mlp import ROOT, UserError, published_history
 
 EXPERIMENT = "mnist"
 STUDY = "mnist-study"  # an experiment of its own: its hundred runs would hide the pipeline's
@@ -34,6 +38,21 @@ SQLITE = "sqlite:///"
 # lines of traceback. What matters of it is raised as well, and is said in one line.
 for _remarks in ("mlflow.store.db.utils", "mlflow.store.artifact.artifact_repo"):
     logging.getLogger(_remarks).setLevel(logging.CRITICAL)
+# What helps if a database that is a file refuses, by words of SQLite or of the system.
+ADVICE = {
+    "permission denied|readonly|read-only|unable to open": "; you may not write there: ask its owner, or name a store "
+    "of your own by MLFLOW_TRACKING_URI",
+    "not a database|malformed|no such table": "; it is damaged: move it away, and `make track` makes another",
+    "locked": "; another process holds it: try again when that has ended",
+    "disk is full|no space": "; make room on the disk",
+}
+# Only where a server is, and how to log in there, is for the caller's environment to say. Notebooks, clouds and
+# `mlflow run` export more, such as MLFLOW_RUN_ID: the run of that id would be taken over.
+_KEPT = ("TRACKING_", "REGISTRY_URI", "WORKSPACE", "S3_", "MYSQL_SSL_", "HTTP_", "DISABLE_TELEMETRY",
+         "ALLOW_PICKLE_DESERIALIZATION", "ENABLE_ARTIFACTS_PROGRESS_BAR")  # fmt: skip
+for _name in [name for name in os.environ if name.startswith("MLFLOW_")]:
+    if not _name.removeprefix("MLFLOW_").startswith(_KEPT):
+        del os.environ[_name]
 CHOSEN = os.environ.get("MLFLOW_TRACKING_URI", "")  # by the user; MLflow itself sets the variable later
 
 
@@ -62,10 +81,25 @@ def uri() -> str:
     except (ImportError, NoSuchModuleError) as error:
         raise UserError(f"MLFLOW_TRACKING_URI names a kind of store that nothing here can open: {error}") from None
     except (MlflowException, SQLAlchemyError, OSError) as error:
-        raise UserError(
-            f"no MLflow store answers at MLFLOW_TRACKING_URI, start it or unset it: {first_line(error)}"
-        ) from None
+        advice, target = "start it or unset it", urlsplit(address)
+        if proxy := get_environ_proxies(address).get(target.scheme):
+            advice = f"the proxy {first_line(proxy)} was asked; export NO_PROXY={target.hostname} to ask the server"
+        raise UserError(f"no MLflow store answers at MLFLOW_TRACKING_URI, {advice}: {first_line(error)}") from None
     return address
+
+
+def open_to_read() -> None:
+    """Open the store that is there, and write nothing to it: it may be somebody else's, or on a disk that is read-only.
+
+    Raises:
+        UserError: there is no store, or it cannot be read.
+    """
+    address = uri()
+    if address.startswith(SQLITE):
+        if not Path(address.removeprefix(SQLITE)).exists():
+            raise UserError(f"there is no MLflow store at {address}; `make track` makes one from the results")
+        check_tables(address)
+    mlflow.set_tracking_uri(address)
 
 
 def connect(experiment: str = EXPERIMENT) -> None:
@@ -80,6 +114,7 @@ def connect(experiment: str = EXPERIMENT) -> None:
         with lock():  # whoever comes first makes the tables
             if address.startswith(SQLITE):
                 _create_tables(Path(address.removeprefix(SQLITE)))
+                check_tables(address)
             artifacts = (ROOT / "mlruns").as_uri() if address.startswith(SQLITE) else None
             for name in dict.fromkeys([EXPERIMENT, experiment]):
                 found = mlflow.get_experiment_by_name(name) or _create(name, artifacts)
@@ -99,10 +134,30 @@ def connect(experiment: str = EXPERIMENT) -> None:
         raise refusal(address, error) from None
 
 
+def check_tables(address: str) -> None:
+    """Refuse a database with the tables of another MLflow release, which MLflow would change without asking.
+
+    Raises:
+        UserError: it is of another release, or cannot be read.
+    """
+    file = f"file:{quote(address.removeprefix(SQLITE))}?mode=ro"
+    try:
+        with closing(sqlite3.connect(file, uri=True)) as database:
+            (found,) = database.execute("SELECT version_num FROM alembic_version").fetchone()
+    except (sqlite3.Error, TypeError) as error:
+        raise refusal(address, error) from None
+    if found != _get_latest_schema_revision():
+        raise UserError(
+            f"{address} is of another MLflow release than {mlflow.__version__}; if of an older one, keep a copy of the "
+            f"file, and type: mlflow db upgrade '{address}'"
+        )
+
+
 def refusal(address: str, error: Exception) -> UserError:
-    """Say that a store refuses, and what helps if it is a damaged file."""
-    advice = "; if it is damaged, move it away, and `make track` makes another" if address.startswith(SQLITE) else ""
-    return UserError(f"MLflow at {first_line(address)} refuses: {first_line(error)}{advice}")
+    """Say that a store refuses, and what helps."""
+    text = first_line(error)
+    advice = next((advice for words, advice in ADVICE.items() if re.search(words, str(error), re.IGNORECASE)), "")
+    return UserError(f"MLflow at {first_line(address)} refuses: {text}{advice if address.startswith(SQLITE) else ''}")
 
 
 def experiment_id(name: str = EXPERIMENT) -> str:
@@ -182,6 +237,8 @@ def _follow_moved_folder(address: str, old: str, new: str) -> None:
 
 def _add_published_run(experiment: str) -> None:
     """Add the tutorial's history once, so that charts can show it beside ours. If a user deletes it, it stays away."""
+    if not (history := published_history()):
+        return
     client, named = mlflow.MlflowClient(), f"attributes.run_name = '{PUBLISHED_RUN}'"
     found = search(named, ViewType.ALL, experiment)
     if any(run.data.metrics or run.info.lifecycle_stage == "deleted" for run in found):
@@ -191,14 +248,13 @@ def _add_published_run(experiment: str) -> None:
     else:
         note = "The figures that the tutorial prints, from `data/published_history.csv`. No model belongs to them."
         run = client.create_run(experiment_id(experiment), tags={"mlflow.note.content": note}, run_name=PUBLISHED_RUN)
-    with PUBLISHED.open() as file:
-        client.log_batch(run.info.run_id, points(list(csv.DictReader(file))))
+    client.log_batch(run.info.run_id, points(history))
     client.set_terminated(run.info.run_id)
     for late in [run for run in search(named, experiment=experiment) if run.data.metrics][:-1]:
         client.delete_run(late.info.run_id)  # another clone did the same at the same time
 
 
-def points(history: list[dict[str, str]]) -> list[Metric]:
+def points(history: Sequence[Mapping[str, str | float]]) -> list[Metric]:
     """Make metrics of the rows of a history file, with ``step`` = epoch."""
     now = get_current_time_millis()
     return [

@@ -1,0 +1,100 @@
+"""MLflow's store: who only reads it leaves it as it is, and who is refused is told what helps."""
+
+import shlex
+import sys
+from pathlib import Path
+
+import mlflow
+import pytest
+from alembic import command
+from mlflow.store.db.utils import _get_alembic_config
+from PIL import Image
+
+from mnist_mlp import UserError, data, store
+from tests import project
+
+TRACK = (sys.executable, "-m", "stages.track")
+READERS = ("verify", "predict")
+
+
+@pytest.fixture
+def repository(finished: Path, tmp_path: Path) -> Path:
+    """A finished repository with its store, and a picture to read."""
+    folder = project.copy(finished, tmp_path / "repository")
+    project.run(folder, *TRACK)  # the copy is the store's place now
+    Image.fromarray(255 - data.load("t10k")[0][0]).resize((300, 300)).save(folder / "picture.png")
+    return folder
+
+
+def read(folder: Path, command: str) -> tuple[str, ...]:
+    return (sys.executable, "-m", f"mnist_mlp.{command}", *(["picture.png"] if command == "predict" else []))
+
+
+def test_who_only_reads_may_do_so_on_a_read_only_disk_and_a_writer_gets_no_advice_that_harms(repository: Path) -> None:
+    """In a mount namespace of its own: to root, who may write everywhere, permissions show nothing."""
+    if project.run(repository, "unshare", "-rm", "true", check=False).returncode:
+        pytest.skip("no mount namespaces here")
+    readers = " && ".join(shlex.join(read(repository, name)) for name in READERS)
+    script = f"mount --bind . . && mount -o remount,bind,ro . && cd . && cd $PWD && {readers} && {shlex.join(TRACK)}"
+    done = project.run(repository, "unshare", "-rm", "sh", "-c", script, check=False)
+    assert "identical: run" in done.stdout
+    assert "picture.png: 7, probability" in done.stdout
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1
+    assert line.startswith("track: MLflow at sqlite:///")
+    assert line.endswith("you may not write there: ask its owner, or name a store of your own by MLFLOW_TRACKING_URI")
+
+
+@pytest.mark.parametrize(
+    ("reason", "advice"),
+    [
+        ("[Errno 13] Permission denied: 'mlflow.lock'", "you may not write there: ask its owner"),
+        ("(sqlite3.OperationalError) attempt to write a readonly database", "you may not write there: ask its owner"),
+        ("(sqlite3.OperationalError) database is locked", "another process holds it: try again when that has ended"),
+        ("(sqlite3.OperationalError) database or disk is full", "make room on the disk"),
+        ("file is not a database", "it is damaged: move it away, and `make track` makes another"),
+    ],
+)
+def test_each_cause_of_a_refusal_has_its_own_advice(reason: str, advice: str) -> None:
+    assert f"refuses: {reason}; {advice}" in str(store.refusal("sqlite:////place/mlflow.db", OSError(reason)))
+    assert str(store.refusal("http://user:secret@host", OSError(reason))) == f"MLflow at http://host refuses: {reason}"
+
+
+def test_the_store_of_an_older_mlflow_is_left_as_it_is_until_the_user_has_upgraded_it(repository: Path) -> None:
+    address = f"sqlite:///{repository}/mlflow.db"
+    command.downgrade(_get_alembic_config(address), "-1")
+    before = (repository / "mlflow.db").read_bytes()
+    advice = f"keep a copy of the file, and type: mlflow db upgrade '{address}'"
+    for name, one in {"track": TRACK, **{name: read(repository, name) for name in READERS}}.items():
+        done = project.run(repository, *one, check=False)
+        assert (done.returncode, done.stdout) == (2 if name == "verify" else 1, "")
+        reason = f"{name}: {address} is of another MLflow release than {mlflow.__version__}; if of an older one, "
+        assert done.stderr == f"{reason}{advice}\n"
+    assert (repository / "mlflow.db").read_bytes() == before
+    project.run(repository, *shlex.split(advice.partition(": ")[2]))
+    assert "was complete" in project.run(repository, *TRACK).stdout
+
+
+def test_a_proxy_that_catches_a_server_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match="MLFLOW_TRACKING_URI, start it or unset it: "):
+        store.uri()
+    monkeypatch.setenv("http_proxy", "http://user:secret@127.0.0.1:10")
+    with pytest.raises(UserError, match=r"the proxy http://127.0.0.1:10 was asked; export NO_PROXY=127.0.0.1 to ask"):
+        store.uri()
+
+
+def test_no_variable_of_mlflow_but_the_servers_steers_a_run(repository: Path) -> None:
+    """Notebooks, clouds and `mlflow run` export the id of a run: that run stays as it was."""
+    (victim,) = project.runs(repository)
+    before = victim.to_dictionary()
+    project.edit(repository, {"train.lr": 0.05})
+    steering = {"RUN_ID": victim.info.run_id, "RUN_NAME": "theirs", "EXPERIMENT_NAME": "theirs", "EXPERIMENT_ID": "7",
+                "ENABLE_SYSTEM_METRICS_LOGGING": "true", "RUN_CONTEXT": '{"theirs": "1"}'}  # fmt: skip
+    env = project.environment(**{f"MLFLOW_{name}": value for name, value in steering.items()})
+    project.run(repository, "dvc", "repro", env=env)
+    new, old = project.runs(repository)
+    assert old.to_dictionary() == before
+    assert (new.info.status, new.info.run_name[:5]) == ("FINISHED", "main-")
+    assert "theirs" not in new.data.tags
+    assert not any(name.startswith("system/cpu") for name in new.data.metrics)
