@@ -1,7 +1,7 @@
 # `make` alone lists the commands. All of them work in .venv, which they set up when it is missing or out of date.
 # GNU make 3.81 and the tools of macOS and BSD are enough.
 PYTHON ?= python3
-MODEL ?= models:/mnist-mlp@champion
+MODEL ?=
 PORT ?= 5001
 RUNS ?= 2
 BIN := .venv/bin
@@ -38,7 +38,7 @@ test: clone setup  ## lint, check the types and run the tests
 	@$(BIN)/python -m pytest
 
 verify: clone setup  ## run again what made MODEL (the champion, or models:/NAME/VERSION, a run id, a Git revision), and compare
-	@$(BIN)/python -m mnist_mlp.verify '$(MODEL)'
+	@$(BIN)/python -m mnist_mlp.verify $(if $(MODEL),'$(MODEL)')
 
 serve: setup  ## answer on 127.0.0.1 from the champion, on PORT (5001)
 	@$(BIN)/python -m mnist_mlp.serve --port '$(PORT)'

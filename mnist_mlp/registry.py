@@ -2,6 +2,7 @@
 
 import json
 import re
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from numpy.typing import NDArray
 
-from mnist_mlp import METRICS, UserError, params, store, tracking
+from mnist_mlp import HERE, METRICS, UserError, data, params, store, tracking
 from mnist_mlp.params import Params
 
 Classifier = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
@@ -20,6 +21,7 @@ NAME = "mnist-mlp"
 CHAMPION = "champion"
 TAGS = ("git.commit", "data.digest", "model.md5")
 RUN = "run"
+OTHER_DATA = f"other data than {data.NAME} as mnist_mlp/data.py describes it"
 FIGURES = ("validation_accuracy", "accuracy")  # to choose by: the first that a version has
 
 
@@ -44,7 +46,7 @@ def register(run: Run, config: Params) -> str:
         raise UserError(f"MLflow refuses: {store.first_line(error)}; `make track` tries again") from None
     state = f"{NAME} version {version.version}" if version else "not registered, because the target is missed"
     if champion is None:
-        return f"{state}; there is no champion"
+        return f"{state}; there is no champion of these data"
     same = version and champion.version == version.version
     return f"{state}, the champion" if same else f"{state}; the champion is version {champion.version}"
 
@@ -66,10 +68,10 @@ def _version_of(run: Run) -> ModelVersion:
 
 
 def _decide() -> ModelVersion | None:
-    """Give the alias to the best version. Of equal ones the champion stays, else it is the oldest.
+    """Give the alias to the best version of the present data. Of equal ones the champion stays, else it is the oldest.
 
-    A version with a validation accuracy comes before all that were only tested: to choose by the test set is to train
-    on it.
+    The digest of the data covers the test set: an accuracy on another one says nothing here. A version with a
+    validation accuracy comes before all that were only tested: to choose by the test set is to train on it.
 
     It looks again after each change: of several clones that register at once on one server, the last to change
     anything sees the versions of all.
@@ -77,9 +79,8 @@ def _decide() -> ModelVersion | None:
     client = mlflow.MlflowClient()
     while True:
         champion = _champion()
-        ranked = sorted(
-            _versions(), key=lambda v: (_merit(v), str(v.version) == champion, -int(v.version)), reverse=True
-        )
+        ours = filter(_is_of_present_data, _versions())
+        ranked = sorted(ours, key=lambda v: (_merit(v), str(v.version) == champion, -int(v.version)), reverse=True)
         best = next(filter(_usable, ranked), None)
         if best is None or str(best.version) == champion:
             return best
@@ -93,6 +94,18 @@ def _versions() -> list[ModelVersion]:
 def _champion() -> str | None:
     try:
         return str(mlflow.MlflowClient().get_model_version_by_alias(NAME, CHAMPION).version)
+    except MlflowException:
+        return None
+
+
+def _is_of_present_data(version: ModelVersion) -> bool:
+    run = _run_of(version)
+    return version.tags.get("data.digest", run and run.data.tags.get("data.digest")) == data.DIGEST
+
+
+def _run_of(version: ModelVersion) -> Run | None:
+    try:
+        return mlflow.get_run(version.run_id or "")
     except MlflowException:
         return None
 
@@ -120,11 +133,8 @@ def _is_complete(run_id: str | None) -> bool:
 def _merit(version: ModelVersion) -> tuple[bool, float]:
     """Say whether a version has a validation accuracy, and what to rank it by: 0 if neither it nor its run tells."""
     found: dict[str, Any] = dict(version.tags)
-    if found.keys().isdisjoint(FIGURES):
-        try:
-            found = mlflow.get_run(version.run_id or "").data.metrics
-        except MlflowException:
-            found = {}
+    if found.keys().isdisjoint(FIGURES) and (run := _run_of(version)):
+        found = run.data.metrics
     validation = "validation_accuracy" in found
     try:
         value = float(found.get(FIGURES[0] if validation else FIGURES[1], 0))
@@ -137,19 +147,24 @@ def load() -> tuple[ModelVersion, Classifier]:
     """Load the champion.
 
     Returns:
-        Its version, and a function from raw images (N, 28, 28), uint8, 0 for paper to 255 for ink, to probabilities
-        (N, 10), float32; any N from 1.
+        Its version, and a function from raw images (N, *SHAPE), uint8, 0 for paper to 255 for ink, to probabilities
+        (N, CLASSES), float32; any N from 1.
 
     Raises:
         UserError: no MLflow store is available, or no champion in it, or its files are lost, damaged or unsafe.
     """
     import torch
 
-    store.connect()
+    store.open_to_read()
     uri = f"models:/{NAME}@{CHAMPION}"
     try:
         version = mlflow.MlflowClient().get_model_version_by_alias(NAME, CHAMPION)
-        model = mlflow.pytorch.load_model(uri)
+        if not _is_of_present_data(version):
+            raise UserError(
+                f"{uri}, version {version.version}, was made from {OTHER_DATA}; `make repro` makes one from these"
+            )
+        with tempfile.TemporaryDirectory() as copy:  # MLflow writes a file beside the model that it loads
+            model = mlflow.pytorch.load_model(uri, dst_path=copy)
     except (MlflowException, OSError, RuntimeError) as error:
         reason = store.first_line(error).partition(". ")[0].rstrip(".")
         raise UserError(f"MLflow has no usable {uri}: {reason}; {advice()}") from None
@@ -165,7 +180,7 @@ def load() -> tuple[ModelVersion, Classifier]:
 def advice() -> str:
     """Say what to do if there is no champion."""
     try:
-        config, accuracy = params.load(), json.loads(METRICS.read_text())["accuracy"]
+        config, accuracy = params.load(), json.loads((HERE / METRICS).read_text())["accuracy"]
     except (UserError, OSError, ValueError, KeyError):
         return "run `make repro`"
     if not config.evaluate.register_model:

@@ -12,7 +12,7 @@ import mlflow
 import pytest
 from mlflow.entities import Run
 
-from mnist_mlp import UserError, lineage, registry, store
+from mnist_mlp import UserError, data, lineage, registry, store
 from tests import project, stopping
 
 TRACK = (sys.executable, "-m", "stages.track")
@@ -148,7 +148,7 @@ def test_another_code_is_another_run_with_the_change_that_is_not_committed(repos
     (repository / "stages/new.py").write_text("NEW = 1\n")
     pipeline = repository / "dvc.yaml"
     pipeline.write_text(pipeline.read_text().replace("desc: Score", "desc: Score all"))
-    (repository / "data/own.png").write_bytes(b"read by no stage")
+    (repository / "own.png").write_bytes(b"read by no stage")
     project.run(repository, "dvc", "repro")
     new, old = project.runs(repository)
     assert old.data.to_dictionary() == before.data.to_dictionary()
@@ -419,16 +419,17 @@ def test_a_missed_target_is_said_and_there_is_no_champion(repository: Path) -> N
     no_registry(repository)
     project.edit(repository, {"evaluate.target_accuracy": 0.999})
     output = project.run(repository, "dvc", "repro").stdout
-    assert "not registered, because the target is missed; there is no champion" in output
+    assert "not registered, because the target is missed; there is no champion of these data" in output
     done = project.run(repository, sys.executable, "-m", "mnist_mlp.predict", "any.png", check=False)
     assert "; the results miss the target, " in done.stderr
     assert "so there is no champion; change params.yaml, then run `make repro`\n" in done.stderr
 
 
-def better(folder: Path) -> str:
+def better(folder: Path, digest: str = data.DIGEST) -> str:
     """Register the model a second time, as a version that is said to be better."""
     (run,) = project.runs(folder)
-    return str(mlflow.register_model(f"models:/{model_id(run)}", "mnist-mlp", tags={"accuracy": "0.999"}).version)
+    tags = {"accuracy": "0.999", "data.digest": digest}
+    return str(mlflow.register_model(f"models:/{model_id(run)}", registry.NAME, tags=tags).version)
 
 
 @pytest.mark.parametrize("accuracy", [None, "97.9 %", "nan"])
@@ -439,7 +440,7 @@ def test_a_champion_set_by_hand_without_figures_gives_way_to_a_better_one(
     found = client(repository)
     run = found.create_run(project.runs(repository)[0].info.experiment_id)
     found.log_text(run.info.run_id, "by hand", "model/MLmodel")
-    tags = {"accuracy": accuracy} if accuracy else None
+    tags = {"data.digest": data.DIGEST} | ({"accuracy": accuracy} if accuracy else {})
     unknown = found.create_model_version("mnist-mlp", f"{run.info.artifact_uri}/model", run.info.run_id, tags)
     found.set_registered_model_alias("mnist-mlp", "champion", unknown.version)
     project.run(repository, *TRACK)
@@ -449,6 +450,28 @@ def test_a_champion_set_by_hand_without_figures_gives_way_to_a_better_one(
         found.log_metric(run.info.run_id, "accuracy", 0.999)  # by which its run tells that it is the better one
         project.run(repository, *TRACK)
         assert alias(repository) == str(unknown.version)
+
+
+def test_a_model_of_other_data_is_no_champion_and_is_neither_served_nor_proved(repository: Path) -> None:
+    """As after a change of the data set, or with two data sets on one server."""
+    project.run(repository, *TRACK)  # the copy is the store's place now
+    other = better(repository, digest="0" * 32)
+    client(repository).set_registered_model_alias(registry.NAME, registry.CHAMPION, other)
+    origin = "made from other data than MNIST as mnist_mlp/data.py describes it"
+    for command in (("predict", "any.png"), ("serve", "--port", "5555")):
+        done = project.run(repository, sys.executable, "-m", f"mnist_mlp.{command[0]}", *command[1:], check=False)
+        reason = f"{registry.CHAMPION}, version {other}, was {origin}; `make track` makes it from the results\n"
+        assert done.returncode == 1
+        assert done.stderr.endswith(reason)
+    assert "mnist-mlp version 1, the champion" in project.run(repository, *TRACK).stdout
+    assert alias(repository) == "1"
+
+    (run,) = project.runs(repository)
+    client(repository).set_tag(run.info.run_id, "data.digest", "0" * 32)
+    done = project.run(repository, sys.executable, "-m", "mnist_mlp.verify", check=False)
+    commit = run.data.tags["git.commit"]
+    line = f"verify: run {run.info.run_id} was {origin}; check its commit out first: {commit}\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", line)
 
 
 def test_a_run_of_a_commit_that_is_gone_gives_way_to_one_that_can_be_run_again(repository: Path) -> None:

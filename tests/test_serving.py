@@ -1,6 +1,5 @@
 import http.client
 import json
-import runpy
 import socket
 import sys
 import urllib.parse
@@ -21,7 +20,7 @@ from tests.loopback import running
 
 ROOT = Path(__file__).parents[1]
 # Whatever somebody wanted to download, they would have to ask for where nobody answers.
-OFFLINE = {"PYTHONPATH": str(ROOT)} | dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
+OFFLINE = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
 
 
 class Repository(NamedTuple):
@@ -34,6 +33,7 @@ def repository(mnist: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     """A folder with a champion that has seen a sixth of MNIST once."""
     folder = tmp_path_factory.mktemp("repository")
     (folder / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
+    project.put_code(folder)
     (folder / "data").mkdir()
     (folder / "data/MNIST").symlink_to(mnist.parent)
     (folder / "data/published_history.csv").write_bytes((ROOT / "data/published_history.csv").read_bytes())
@@ -41,9 +41,10 @@ def repository(mnist: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(store, "ROOT", folder)
+        patch.setattr(registry, "HERE", folder)
         for name in ("MLFLOW_TRACKING_URI", "DVC_ROOT", "DVC_EXP_NAME"):
             patch.delenv(name, raising=False)
-        config = params.load()
+        config = params.load(Path("params.yaml"))
         images, labels = (torch.from_numpy(array)[:10_000] for array in data.load("train"))
         inputs = net.normalise(images, config.data.mean, config.data.std)
         torch.manual_seed(config.train.seed)
@@ -174,11 +175,7 @@ def test_a_client_that_hangs_up_leaves_the_server_as_it_was(
 
 
 def test_pictures_on_disk_are_read_whatever_they_look_like(
-    repository: Repository,
-    digits: NDArray[np.uint8],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    repository: Repository, digits: NDArray[np.uint8], tmp_path: Path
 ) -> None:
     with torch.no_grad():
         probabilities = repository.model(torch.from_numpy(digits)).numpy()
@@ -204,19 +201,15 @@ def test_pictures_on_disk_are_read_whatever_they_look_like(
         "cut short.png": "not a whole picture: image file is truncated",
         "missing.png": "No such file or directory",
     }
-    paths = [tmp_path / name for name in [*pictures, *wrong]]
-    monkeypatch.setattr(sys, "argv", ["mnist_mlp.predict", *map(str, paths)])
-    monkeypatch.delitem(sys.modules, "mnist_mlp.predict")  # so that it is run as by `python -m`
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_module("mnist_mlp.predict", run_name="__main__")
-    assert ended.value.code == 1
-    output = capsys.readouterr()
-    lines = [line.rpartition(", probability ") for line in output.out.splitlines()]
+    paths = [str(tmp_path / name) for name in [*pictures, *wrong]]
+    done = project.run(repository.folder, sys.executable, "-m", "mnist_mlp.predict", *paths, check=False)
+    assert done.returncode == 1
+    lines = [line.rpartition(", probability ") for line in done.stdout.splitlines()]
     assert [found for found, _, _ in lines] == [
         f"{path}: {probabilities[index].argmax()}" for path, index in zip(paths, sure, strict=False)
     ]
     assert all(0.1 < float(probability) <= 1 for _, _, probability in lines)
-    for line, (name, reason) in zip(output.err.splitlines(), wrong.items(), strict=True):
+    for line, (name, reason) in zip(done.stderr.splitlines(), wrong.items(), strict=True):
         assert line.startswith(f"predict: {tmp_path / name}: {reason}")
 
 

@@ -154,7 +154,7 @@ def test_a_stored_model_that_computes_something_else_is_different(
     project.run(repository, sys.executable, "-m", "stages.track")  # the copy is the store's place now
     monkeypatch.chdir(repository)
     (run,) = project.runs(repository)
-    config = params.load()
+    config = params.load(Path("params.yaml"))
     model = net.mlp(config.model.hidden)
     net.load_weights(model, MODEL.read_bytes(), "model")
     classifier = net.ImageClassifier(model, config.data.mean, config.data.std).eval()
