@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch import nn
 
-from mnist_mlp import params, verdict
+from mnist_mlp import net, params, verdict
 from tests import project
 
 REPRODUCED = "reproduced: every byte of model, history, metrics and plots is the committed one"
@@ -40,7 +41,7 @@ def test_an_edited_parameter_is_named(tried: Path, tmp_path: Path) -> None:
     lines = done.stdout.splitlines()
     assert lines[-2].startswith("different: ")
     assert "results/history.csv" in lines[-2]
-    assert lines[-1] == "likely reason: train.lr is 0.05, in dvc.lock 0.1"
+    assert lines[-1] == "likely reason: train.lr is 0.05, in the committed dvc.lock 0.1"
 
 
 def test_an_edited_code_file_is_named(repository: Path) -> None:
@@ -66,18 +67,39 @@ def test_another_processor_is_expected_to_give_other_bytes(repository: Path, mon
     metrics = repository / "results/metrics.json"
     before = metrics.read_text().split('"accuracy": ')[1].split(",")[0]
     metrics.write_text(metrics.read_text().replace(before, "0.875", 1))
-    lines, as_expected = verdict.compare(params.load())
+    lines, as_expected = verdict.compare(params.load(Path("params.yaml")))
     assert not as_expected
     assert lines[1].startswith("likely reason: unknown")
 
     monkeypatch.setattr(verdict, "HAS_AVX2", False)
-    lines, as_expected = verdict.compare(params.load())
+    lines, as_expected = verdict.compare(params.load(Path("params.yaml")))
     assert as_expected
     assert lines[1].startswith("this is expected: this processor has no AVX2")
     assert f"accuracy is 0.875, committed {before}" in lines
 
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")
-    assert verdict.compare(params.load())[0][1].startswith("this is expected: a aarch64 processor")
+    assert verdict.compare(params.load(Path("params.yaml")))[0][1].startswith("this is expected: a aarch64 processor")
+
+
+def test_what_decides_no_byte_is_no_reason(repository: Path) -> None:
+    project.edit(repository, {"data.mirrors": ["file:///elsewhere"]})
+    with (repository / "stages/download.py").open("a") as file:
+        file.write("# edited\n")
+    (repository / "results/plots/test_acc.png").write_bytes(b"another plot")
+    done = check(repository)
+    assert done.stdout.splitlines()[-3].startswith("likely reason: unknown")
+    project.edit(repository, {"plot.dpi": 90})
+    assert check(repository).stdout.splitlines()[-1] == "likely reason: plot.dpi is 90, in the committed dvc.lock 100"
+
+
+def test_layers_that_have_other_bytes_elsewhere_are_named(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(repository)
+    (repository / "results/history.csv").write_text("another history")
+    layers = nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten(), net.Linear(1352, 10)
+    monkeypatch.setattr(net, "mlp", lambda _: nn.Sequential(*layers))
+    lines, as_expected = verdict.compare(params.load(Path("params.yaml")))
+    assert not as_expected
+    assert lines[1].startswith("likely reason: BatchNorm2d, Conv2d: of all layers, only Linear of mnist_mlp/net.py has")
 
 
 def test_a_lost_result_is_named(repository: Path) -> None:
