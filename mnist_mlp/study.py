@@ -1,13 +1,13 @@
 """The study: the recipe with many seeds, and with other values of some parameters. Its runs, and its tables."""
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ruamel.yaml import YAML
 
-from mnist_mlp import UserError, csv_text, lineage
+from mnist_mlp import FIGURES, UserError, csv_text, lineage
 from mnist_mlp.params import VARIABLE, Params
 
 PIPELINE = Path("study/dvc.yaml")
@@ -18,7 +18,6 @@ SUMMARY = Path("results/study/summary.json")
 PLOTS = Path("results/study/plots")
 
 METRICS = ("accuracy", "batch_mean_accuracy", "loss")  # and validation_accuracy, where images are held out
-FIGURES = ("train_loss", "train_acc", "test_loss", "test_acc")  # and val_loss, val_acc
 Row = dict[str, str]  # of a table, by column
 
 
@@ -128,8 +127,7 @@ def in_words(summary: dict[str, Any]) -> str:
         name = comparison["metric"].replace("_", " ")
         lines += ["", f"{name}, difference from {comparison['first']} in points, paired by seed:"]
         for row in comparison["differences"]:
-            mean, low, high = map(_points, [row["mean"], *row["interval"]])
-            lines.append(f"- {row['setting']}: {mean} (95 % interval {low} to {high}, {row['pairs']} pairs)")
+            lines.append(f"- {row['setting']}: {_points(row['mean'])} ({_spread(row, _points)}, {row['pairs']} pairs)")
         if comparison["chooses_by_test_set"]:
             lines.append(
                 "Warning: this is the test set. To choose a setting by it is to train on it; set data.validation."
@@ -139,8 +137,7 @@ def in_words(summary: dict[str, Any]) -> str:
         lines += [
             "",
             f"{found['setting']}: {found['runs']} runs, {found['diverged']} diverged",
-            f"test accuracy: mean {_percent(accuracy['mean'])} "
-            f"(95 % interval {_percents(accuracy['interval_of_mean'])}), "
+            f"test accuracy: mean {_percent(accuracy['mean'])} ({_spread(accuracy, _percent)}), "
             f"standard deviation {_percent(accuracy['std'])}, median {_percent(accuracy['median'])}, "
             f"from {_percent(accuracy['min'])} to {_percent(accuracy['max'])}",
             f"{target['reached']} of {found['runs']} runs reach {_percent(target['accuracy'])} "
@@ -153,9 +150,10 @@ def in_words(summary: dict[str, Any]) -> str:
             show = _percent if name.endswith("acc") else "{:.4f}".format
             if row["median"] is not None:
                 low, high = row["band_90"]
+                theirs = ("", "") if row["published"] is None else (show(row["published"]), f"{row['percentile']:.0f}")
                 lines.append(
-                    f"| {name.replace('_', ' ')} | {show(row['published'])} | {show(row['median'])} "
-                    f"| {show(low)} to {show(high)} | {row['percentile']:.0f} |"
+                    f"| {name.replace('_', ' ')} | {theirs[0]} | {show(row['median'])} "
+                    f"| {show(low)} to {show(high)} | {theirs[1]} |"
                 )
     return "\n".join(lines)
 
@@ -170,3 +168,9 @@ def _points(value: float | None) -> str:
 
 def _percents(values: list[float | None]) -> str:
     return " to ".join(map(_percent, values))
+
+
+def _spread(row: dict[str, Any], show: Callable[[float | None], str]) -> str:
+    if "values" in row:
+        return f"values {', '.join(map(show, row['values']))}"
+    return f"95 % interval {' to '.join(map(show, row['interval']))}"

@@ -15,10 +15,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from scipy import stats
 
-from mnist_mlp import PUBLISHED, figures, params, run_command, study, study_tracking, write
+from mnist_mlp import FIGURES, figures, params, published_history, run_command, study, study_tracking, write
 
 SETTING = "setting"  # a column that joins the varied parameters
 ONLY = "the recipe"  # its value where nothing varies
+ENOUGH = 6  # runs, for an interval of their mean
 ACCURACIES = ["accuracy", "validation_accuracy"]
 BESIDE = (-0.25, 0.25, -0.45, 0.45)  # where arrows stand beside a row of dots, in rows
 BANDS = {0.9: 0.2, 0.5: 0.4}  # the share of the runs that a band holds, and its opacity
@@ -29,7 +30,7 @@ def main() -> None:
     config = params.load()
     runs = read(study.RUNS)
     history = read(study.HISTORY).merge(runs.loc[runs["accuracy"].notna(), [SETTING, "seed"]])
-    published = pd.read_csv(PUBLISHED)
+    published = pd.DataFrame(published_history(), columns=["epoch", *FIGURES])
     target = config.evaluate.target_accuracy
     settings = list(runs[SETTING].unique())
 
@@ -38,18 +39,18 @@ def main() -> None:
         summary["comparison"] = compare(runs)
     write(study.SUMMARY, json.dumps(summary, indent=2) + "\n")
 
-    for name in study.FIGURES:
+    for name in FIGURES:
         figures.save(curves(history, published, name, settings), study.PLOTS / f"{name}.png", config.plot.dpi)
     figures.save(dots(runs, published, target), study.PLOTS / "accuracy.png", config.plot.dpi)
 
-    print(f"{study.SUMMARY} and {len(study.FIGURES) + 1} plots; MLflow: {study_tracking.track(config)}")
+    print(f"{study.SUMMARY} and {len(FIGURES) + 1} plots; MLflow: {study_tracking.track(config)}")
 
 
 def read(path: Any) -> pd.DataFrame:
     """Read a table of the study, and add the column ``SETTING``."""
     names = pd.read_csv(path, nrows=0).columns
     varied = [name for name in names if "." in name]
-    numbers = {"seed": int, "epoch": int} | dict.fromkeys(study.FIGURES, float)  # also in a table without rows
+    numbers = {"seed": int, "epoch": int} | dict.fromkeys(FIGURES, float)  # also in a table without rows
     table = pd.read_csv(path, dtype=numbers | dict.fromkeys(varied, str))
     columns = (name + " " + table[name] for name in varied)
     table[SETTING] = pd.Series(map(", ".join, zip(*columns, strict=True))) if varied else ONLY
@@ -69,13 +70,14 @@ def describe(
         target: the accuracy to reach. A run that diverged has missed it.
 
     Returns:
-        What summary.json holds of a setting. Intervals are of 95 % confidence: of a mean by Student's t, of a share by
-        Wilson's formula. A percentile is the share of the runs below the published figure, in percent.
+        What summary.json holds of a setting. Intervals are of 95 % confidence: of a mean as ``_interval`` gives it, of
+        a share by Wilson's formula. A percentile is the share of the runs below the published figure, in percent.
     """
     of_setting = runs[runs[SETTING] == setting]
     reached = int((of_setting["accuracy"] >= target).sum())
     share = stats.binomtest(reached, len(of_setting)).proportion_ci(method="wilson")
     last = history[history[SETTING] == setting].groupby("seed").last()
+    theirs = dict.fromkeys(FIGURES, math.nan) if published.empty else published.iloc[-1]
     return {
         SETTING: setting,
         "runs": len(of_setting),
@@ -89,12 +91,12 @@ def describe(
         },
         "last_epoch": {
             name: {
-                "published": published[name].iloc[-1],
+                "published": _number(theirs[name]),
                 "median": _number(last[name].median()),
                 "band_90": [_number(last[name].quantile(share)) for share in (0.05, 0.95)],
-                "percentile": _number(stats.percentileofscore(last[name], published[name].iloc[-1], kind="strict")),
+                "percentile": _number(stats.percentileofscore(last[name], theirs[name], kind="strict")),
             }
-            for name in study.FIGURES
+            for name in FIGURES
         },
     }
 
@@ -102,7 +104,7 @@ def describe(
 def distribution(values: pd.Series) -> dict[str, Any]:
     """Describe a sample: the deviation is that of the sample (n - 1), the interval that of the mean."""
     found = {name: getattr(values, name)() for name in ("mean", "std", "median", "min", "max")}
-    return {name: _number(value) for name, value in found.items()} | {"interval_of_mean": _interval(values)}
+    return {name: _number(value) for name, value in found.items()} | _interval(values)
 
 
 def compare(runs: pd.DataFrame) -> dict[str, Any]:
@@ -122,19 +124,25 @@ def compare(runs: pd.DataFrame) -> dict[str, Any]:
         "chooses_by_test_set": not has_validation,
         "first": first,
         "differences": [
-            {SETTING: name, "pairs": len(values), "mean": _number(values.mean()), "interval": _interval(values)}
+            {SETTING: name, "pairs": len(values), "mean": _number(values.mean())} | _interval(values)
             for name, values in differences.items()
         ],
     }
 
 
-def _interval(values: pd.Series) -> list[float | None]:
-    """Give the 95 % confidence interval of the mean, by Student's t; it takes two values."""
-    if len(values) < 2:
-        return [None, None]
-    if not values.sem():  # all are equal
-        return [_number(values.mean())] * 2
-    return [_number(bound) for bound in stats.t.interval(0.95, len(values) - 1, values.mean(), values.sem())]
+def _interval(values: pd.Series) -> dict[str, list[float | None]]:
+    """Give the 95 % confidence interval of the mean; fewer than ``ENOUGH`` values say more than an interval of theirs.
+
+    The interval is that of the bootstrap, bias-corrected and accelerated (Efron, Better bootstrap confidence intervals,
+    1987). It lies between the least and the largest value, so that of an accuracy stays in [0, 1]; and one run that is
+    far off makes it longer on that side only.
+    """
+    if len(values) < ENOUGH:
+        return {"values": [_number(value) for value in values]}
+    if values.nunique() == 1:
+        return {"interval": [_number(values.iloc[0])] * 2}
+    found = stats.bootstrap((values,), np.mean, method="BCa", rng=np.random.default_rng(0)).confidence_interval
+    return {"interval": [_number(bound) for bound in found]}
 
 
 def _number(value: float) -> float | None:
@@ -153,7 +161,8 @@ def curves(history: pd.DataFrame, published: pd.DataFrame, name: str, settings: 
             axes.fill_between(low.index, low, high, color=colour, alpha=opacity, linewidth=0, label=label)
         median = epochs.median()
         axes.plot(median.index, median, color=colour, linewidth=2, label="median" if setting == ONLY else setting)
-    axes.plot(published["epoch"], published[name], "o-", color="black", markersize=3, linewidth=1, label="published")
+    if not published.empty:
+        axes.plot("epoch", name, "o-", data=published, color="black", markersize=3, linewidth=1, label="published")
     axes.set(title=name.replace("_", " "), xlabel="epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if name.endswith("acc"):
@@ -172,7 +181,8 @@ def dots(runs: pd.DataFrame, published: pd.DataFrame, target: float) -> Figure:
     of a setting share an arrow.
     """
     settings = runs[SETTING].unique()
-    marks = [published["test_acc"].iloc[-1], target]
+    theirs = published["test_acc"].iloc[-1:]
+    marks = [*theirs, target]
     accuracies = runs["batch_mean_accuracy"].dropna()
     quartiles = accuracies.quantile([0.25, 0.75]) if len(accuracies) else pd.Series(marks)
     fence = quartiles.iloc[0] - 4 * np.ptp(quartiles)
@@ -194,8 +204,9 @@ def dots(runs: pd.DataFrame, published: pd.DataFrame, target: float) -> Figure:
         for label, height in zip(labels, row + np.array(BESIDE), strict=False):
             axes.plot(low, height, "<", color=colour, markersize=5)
             axes.annotate(label, (low, height), (6, 0), textcoords="offset points", va="center", fontsize=9)
-    axes.axvline(marks[0], color="black", linewidth=1, label="published")
-    axes.axvline(marks[1], color="tab:red", linewidth=1, linestyle="--", label="target")
+    for mark in theirs:
+        axes.axvline(mark, color="black", linewidth=1, label="published")
+    axes.axvline(target, color="tab:red", linewidth=1, linestyle="--", label="target")
     figure.suptitle("test accuracy after the last epoch")
     axes.set(yticks=range(len(settings)), ylim=(len(settings) - 0.4, -0.6))
     lines = [re.sub(r", (?=[a-z]+\.)", "\n", setting) for setting in settings]  # one for each varied parameter

@@ -24,7 +24,7 @@ import torch
 import yaml
 from mlflow.entities import Run
 
-from mnist_mlp import cluster, params, study, study_check, training
+from mnist_mlp import FIGURES, cluster, params, study, study_check, training
 from stages import replicate, report
 from tests import project
 
@@ -487,8 +487,8 @@ def test_a_full_disk_is_one_line_and_what_has_ended_is_kept(studied: Path, repos
 def test_a_wrong_study_is_refused_before_anything_runs(tmp_path: Path, values: dict[str, object], problem: str) -> None:
     shutil.copy(ROOT / "params.yaml", tmp_path)
     project.edit(tmp_path, values)
-    env = project.environment(PYTHONPATH=str(ROOT))
-    done = project.run(tmp_path, sys.executable, "-m", "mnist_mlp.params", check=False, env=env)
+    project.put_code(tmp_path)
+    done = project.run(tmp_path, sys.executable, "-m", "mnist_mlp.params", check=False)
     (line,) = done.stderr.splitlines()
     assert done.returncode == 1
     assert line.startswith("params: params.yaml: study")
@@ -627,16 +627,44 @@ def test_the_summary_pairs_by_seed_and_counts_runs_below_the_published_figure() 
     runs = pd.DataFrame({report.SETTING: names, "seed": seeds, "accuracy": accuracy})
     (difference,) = report.compare(runs)["differences"]
     assert (difference["pairs"], difference["mean"]) == (20, 0.0)
-    assert difference["interval"][1] == pytest.approx(2.093024 * 0.01 * np.sqrt(20 / 19 / 20), abs=1e-6)
+    assert difference["interval"] == pytest.approx([-0.0043, 0.0043], abs=3e-4)  # by Student's t it would be 0.0047
 
     values = np.arange(21) / 100
-    history = pd.DataFrame(
-        {report.SETTING: "a", "seed": range(1, 22), "epoch": 0} | dict.fromkeys(study.FIGURES, values)
-    )
-    published = pd.DataFrame({name: [0.05] for name in study.FIGURES})
+    history = pd.DataFrame({report.SETTING: "a", "seed": range(1, 22), "epoch": 0} | dict.fromkeys(FIGURES, values))
+    published = pd.DataFrame({name: [0.05] for name in FIGURES})
     last = report.describe(runs, history, published, "a", 0.91)["last_epoch"]["test_acc"]
     assert last["percentile"] == pytest.approx(100 * 5 / 21, abs=1e-6)
     assert (last["median"], last["band_90"]) == (0.1, [0.01, 0.19])
+
+
+def test_an_interval_of_the_mean_stays_in_the_range_of_the_runs_and_few_runs_have_none() -> None:
+    outlier = pd.Series([0.4721, *(0.98 + n / 1e4 for n in range(20))])
+    low, high = report.distribution(outlier)["interval"]
+    assert 0.4721 < low < outlier.mean() - 0.03
+    assert outlier.mean() < high < outlier.max()
+    assert report.distribution(outlier) == report.distribution(outlier)
+    few = report.distribution(outlier[:5])
+    assert few["values"] == [0.4721, 0.98, 0.9801, 0.9802, 0.9803]
+    assert "interval" not in few
+
+
+def of_one_setting(accuracy: list[float]) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """Runs and their history of one epoch; no published figures."""
+    runs = pd.DataFrame({report.SETTING: "a", "seed": range(len(accuracy)), "accuracy": accuracy})
+    history = runs[[report.SETTING, "seed"]].assign(epoch=0, **dict.fromkeys(FIGURES, 0.5))
+    return runs.assign(batch_mean_accuracy=accuracy), history, pd.DataFrame(columns=["epoch", *FIGURES])
+
+
+def test_a_study_without_published_figures_has_all_else() -> None:
+    runs, history, published = of_one_setting([0.97, 0.98])
+    summary = {"settings": [report.describe(runs, history, published, "a", 0.977)]}
+    words = study.in_words(json.loads(json.dumps(summary)))
+    assert "mean 97.50% (values 97.00%, 98.00%)" in words
+    assert "| test acc |  | 50.00% | 50.00% to 50.00% |  |" in words
+    (axes,) = report.curves(history, published, "test_acc", ["a"]).axes
+    assert "published" not in [line.get_label() for line in axes.lines]
+    (axes,) = report.dots(runs, published, 0.977).axes
+    assert [line.get_label() for line in axes.lines if line.get_linestyle() == "--"] == ["target"]
 
 
 def test_a_curve_has_the_median_the_bands_and_the_published_figures() -> None:
