@@ -5,6 +5,7 @@ stages exchange, and holds the few lines that every command needs.
 """
 
 import csv
+import importlib.util
 import io
 import os
 import platform
@@ -12,7 +13,6 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import NoReturn
 
 # `python -m` imports this file before the command itself; until then the command's name is "-m". The imports take
 # seconds, and libraries turn a KeyboardInterrupt into errors of their own. So until run_command, Ctrl-C simply ends it.
@@ -33,13 +33,19 @@ os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 # holds nothing but tensors.
 os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"
 
-ROOT = Path(os.environ.get("DVC_ROOT", ".")).resolve()  # the repository, even where DVC works in a temporary copy of it
+HERE = Path(__file__).resolve().parents[1]  # the folder of this code: the repository, or a copy for one DVC experiment
+_ROOT = Path(os.environ.get("DVC_ROOT", HERE)).resolve()
+ROOT = _ROOT if _ROOT in HERE.parents else HERE  # the repository, which has MLflow's store for all copies
+CALLER = Path.cwd()  # where the user is; commands work in HERE
+
+# The paths of what the stages exchange, from HERE.
 MODEL = Path("results/model.safetensors")
 HISTORY = Path("results/history.csv")
 METRICS = Path("results/metrics.json")
 PREDICTIONS = Path("results/predictions.csv")
 PLOTS = Path("results/plots")
-PUBLISHED = Path("data/published_history.csv")  # the figures that the tutorial prints
+PUBLISHED = Path("data/published_history.csv")  # the figures that the tutorial prints; may be missing or empty
+FIGURES = ("train_loss", "train_acc", "test_loss", "test_acc")  # of each epoch; and val_loss, val_acc
 
 
 class UserError(Exception):
@@ -47,29 +53,40 @@ class UserError(Exception):
 
 
 def run_command(main: Callable[[], object]) -> None:
-    """Run a command's ``main``. A ``UserError`` or ``OSError`` ends it with one line on stderr and exit status 1."""
+    """Run a command's ``main`` in ``HERE``. A ``UserError`` or ``OSError`` ends it with one line and exit status 1."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` ends a command as Ctrl-C does
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    name = Path(sys.argv[0]).stem
     try:
+        _go_home()
         main()
     except (UserError, OSError) as error:
-        _stop(str(error))
+        sys.exit(f"{name}: {error}{_hint()}")
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate" not in str(error):  # PyTorch's word for too little memory
             raise
-        _stop("too little memory; lower model.hidden or train.batch_size in params.yaml")
+        sys.exit(f"{name}: too little memory; lower model.hidden or train.batch_size in params.yaml{_hint()}")
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def _stop(text: str) -> NoReturn:
-    # DVC removes a stage's results before it runs the stage, and keeps a copy in its cache. But not here in an
-    # experiment that works in a copy, nor by a stage of the study: those have a colon in their names.
-    here = Path.cwd() == ROOT and ":" not in os.environ.get("DVC_STAGE", ":")
-    removed = here and not all(path.exists() for path in (MODEL, HISTORY, METRICS, PREDICTIONS))
-    hint = "; when this is mended, `dvc repro` restores what DVC's cache has" if removed else ""
-    sys.exit(f"{Path(sys.argv[0]).stem}: {text}{hint}")
+def _go_home() -> None:
+    """Work in the folder of this code, unless the user is in one that has code of its own, such as another clone."""
+    package = Path(__file__).parent.name
+    own = next((folder for folder in (CALLER, *CALLER.parents) if (folder / package).is_dir()), HERE)
+    if own != HERE:
+        raise UserError(f"this is the code of {HERE}, and {own} has its own; unset PYTHONSAFEPATH and PYTHONPATH")
+    os.chdir(HERE)
+
+
+def _hint() -> str:
+    # DVC removes a stage's results before it runs the stage. But not here in an experiment that works in a copy, nor by
+    # a stage of the study: those have a colon in their names.
+    here = HERE == ROOT and ":" not in os.environ.get("DVC_STAGE", ":")
+    removed = here and not all((HERE / path).exists() for path in (MODEL, HISTORY, METRICS, PREDICTIONS))
+    hint = "; DVC has removed results: when this is mended, `dvc repro` makes them, or takes them from its cache"
+    return hint if removed else ""
 
 
 def cpu() -> str:
@@ -77,6 +94,22 @@ def cpu() -> str:
     lines = CPUINFO.read_text().splitlines() if CPUINFO.exists() else []
     names = [line for line in lines if line.startswith("model name")]
     return names[0].partition(": ")[2] if names else platform.machine()
+
+
+def published_history() -> list[dict[str, float]]:
+    """Read the figures that the tutorial prints, one row an epoch. There are none if the file is missing or empty.
+
+    Raises:
+        UserError: the file is no table of numbers with a column for each figure.
+    """
+    if not (HERE / PUBLISHED).exists():
+        return []
+    try:
+        with (HERE / PUBLISHED).open(encoding="utf-8") as file:
+            return [{name: float(row[name]) for name in ("epoch", *FIGURES)} for row in csv.DictReader(file)]
+    except (ValueError, TypeError, KeyError) as error:
+        columns = ", ".join(("epoch", *FIGURES))
+        raise UserError(f"{PUBLISHED}: {error} is not as it should be: numbers in the columns {columns}") from None
 
 
 def csv_text(columns: Iterable[str], rows: Iterable[Mapping[str, str]]) -> str:
@@ -102,3 +135,10 @@ def write(path: Path, content: bytes | str) -> None:
         raise UserError(f"cannot write {path}: {error.strerror}; what was there before is untouched") from error
     finally:
         part.unlink(missing_ok=True)
+
+
+if sys.argv[0] == "-m":  # a command, whose own imports come next
+    _missing = [name for name in ("torch", "mlflow", "dvc") if importlib.util.find_spec(name) is None]
+    if _missing:
+        _lack = f"{sys.executable} has no {', '.join(_missing)}"
+        sys.exit(f"{_lack}: type `make setup`, then `source .venv/bin/activate`{_hint()}")

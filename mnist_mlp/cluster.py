@@ -40,7 +40,7 @@ from mnist_mlp import UserError, cpu, data, lineage, net, study, training
 from mnist_mlp.params import Params
 
 ADDRESS = "DASK_SCHEDULER_ADDRESS"
-PLUGIN = "mnist-mlp"
+PLUGIN = "project"
 WAIT = 10.0  # seconds for a scheduler to answer, and for a worker to be there
 DEATHS = 3  # of workers in the same run, after which it is to blame
 GO_ON = "then run this again; `make study` keeps finished runs"
@@ -53,8 +53,7 @@ SPEED = {
 
 
 def train_run(config: Params, raw: Path = data.RAW) -> study.Run:
-    """Train and evaluate one net on one thread. It gives the bytes that stages ``train`` and ``evaluate`` give."""
-    torch.set_num_threads(1)
+    """Train and evaluate one net. It gives the bytes that stages ``train`` and ``evaluate`` give."""
     sets, model = training.load(config, raw), training.new_model(config)
     history = []
     try:
@@ -68,12 +67,13 @@ def train_run(config: Params, raw: Path = data.RAW) -> study.Run:
 
 def fingerprint(config: Params, raw: Path = data.RAW) -> str:
     """Train a few fixed steps and hash what comes out. Machines with the same fingerprint compute the same bytes."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(config.train.threads)
     dataset = training.load(config.replaced({"data.mean": 0.5, "data.std": 0.5}), raw).test
     torch.manual_seed(0)
     model = net.mlp([400, 200, 100]).to(config.train.device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    figures = training.train_epoch(model, optimizer, dataset, torch.arange(640), batch_size=64)
+    order = torch.arange(min(640, len(dataset.labels)))
+    figures = training.train_epoch(model, optimizer, dataset, order, batch_size=64)
     return lineage.md5(repr(figures).encode() + net.save_weights(model))
 
 
@@ -95,7 +95,7 @@ def run_all(configs: Sequence[Params]) -> Iterator[tuple[int, study.Run]]:
     known: set[str] = set()  # addresses of the workers that are there
     fit: set[str] = set()
     died: Counter[int | None] = Counter()
-    with _client(len(configs)) as client:
+    with _client(min(len(configs), max(1, CPU_COUNT // configs[0].train.threads))) as client:
         folder = _bring_project(client)
         deadline = time.monotonic() + _patience()
         while waiting or any(index is not None for _, index in tasks.values()):
@@ -138,7 +138,7 @@ def run_all(configs: Sequence[Params]) -> Iterator[tuple[int, study.Run]]:
 
 
 @contextmanager
-def _client(runs: int) -> Iterator[Client]:
+def _client(count: int) -> Iterator[Client]:
     """Connect to the scheduler that the user names, or start one with a worker for each core.
 
     Raises:
@@ -152,7 +152,7 @@ def _client(runs: int) -> Iterator[Client]:
             with _connect(str(address)) as client:
                 yield client
         else:
-            workers = {"n_workers": min(runs, CPU_COUNT), "threads_per_worker": 1, "silence_logs": logging.CRITICAL}
+            workers = {"n_workers": count, "threads_per_worker": 1, "silence_logs": logging.CRITICAL}
             private = {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0", "security": True}  # a free port; TLS
             # Ctrl-C is ours. The workers inherit that it is blocked; what arrives meanwhile comes when it is not.
             resource_tracker.ensure_running()  # Python's helper, at whose start it would be unblocked
@@ -195,7 +195,7 @@ def _leave_out(address: str, problem: str) -> None:
 
 
 def pack() -> bytes:
-    """Put the package and MNIST into a zip archive. The same files are the same bytes."""
+    """Put the package and the data into a zip archive. The same files are the same bytes."""
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w") as archive:
         for path in [*sorted(Path("mnist_mlp").glob("*.py")), *(data.RAW / name for name in data.SHA256)]:
@@ -204,7 +204,7 @@ def pack() -> bytes:
 
 
 def _bring_project(client: Client) -> str:
-    """Put the package and MNIST, 12 MB, on every worker, those that join later included; give the folder's name there.
+    """Put package and data, 12 MB, on every worker, those that join later included; give the folder's name there.
 
     A worker has no clone to import from. Dask sends the code of what is defined inside a function.
     """
@@ -290,7 +290,7 @@ def run_on_worker(folder: str, content: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _raw(folder: str) -> Path:
-    """Find MNIST on the worker, and make sure that its code is this study's."""
+    """Find the data on the worker, and make sure that its code is this study's."""
     here = Path(get_worker().local_directory, folder)
     if Path(mnist_mlp.__file__).parents[1] != here:
         raise UserError(f"another study has brought its code to worker {get_worker().address}; wait for its end")

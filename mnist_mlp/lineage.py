@@ -11,7 +11,7 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from mnist_mlp import UserError
+from mnist_mlp import ROOT, UserError
 from mnist_mlp.params import Params
 
 LOCK = Path("dvc.lock")
@@ -46,6 +46,11 @@ def has_commit(name: str) -> bool:
     return git("rev-parse", "--verify", "--quiet", f"{name}^{{commit}}").returncode == 0
 
 
+def keeps_experiments() -> bool:
+    """Look whether DVC can keep an experiment here. In a shallow clone it keeps none, and reports success."""
+    return git("-C", str(ROOT), "rev-parse", "--is-shallow-repository").stdout.strip() != b"true"
+
+
 def check_git() -> None:
     """Raise a UserError with Git's own words if Git does not work here at all."""
     found = git("rev-parse", "--git-dir")
@@ -78,15 +83,15 @@ def code_md5() -> str:
 
 
 def _code() -> list[str]:
-    """List the files and folders that decide what the pipeline gives, but for parameters, results and ignored files."""
+    """Say for Git which files decide what the pipeline gives, but for parameters, results and ignored files."""
     stages = read_stages(Path("dvc.yaml").read_bytes()).values()
-    outputs = [next(iter(out)) if isinstance(out, dict) else out for stage in stages for out in _outputs(stage)]
-    made = {place for output in outputs for place in (output, *map(str, Path(output).parents))}
+    made = {next(iter(out)) if isinstance(out, dict) else out for stage in stages for out in _outputs(stage)}
     needed = {dependency for stage in stages for dependency in stage.get("deps", [])}
-    code = sorted({"dvc.yaml", *needed} - made)
-    # Such as data under `dvc add`, whose hash is in dvc.lock.
-    ignored = git("check-ignore", "--", *code).stdout.decode().splitlines()
-    return [path for path in code if path not in ignored]
+    # Git refuses to be asked for what it ignores, such as results in DVC's cache, and data under `dvc add`.
+    ignored = set(git("check-ignore", "--", *needed, *made).stdout.decode().splitlines())
+    places = {str(Path(output).parent) for output in made}  # of results and the .gitignore that DVC writes
+    code = {"dvc.yaml", *needed} - made - places - ignored
+    return sorted(code) + [f":(exclude){output}" for output in sorted(made - ignored)]
 
 
 def _outputs(stage: dict[str, Any]) -> list[Any]:
@@ -139,6 +144,11 @@ def outputs(stages: dict[str, Any]) -> dict[str, str]:
     """Give the MD5 of each result that the stages of a ``dvc.lock`` record, by path; the data are no result."""
     files = [file for stage in stages.values() for file in stage.get("outs", [])]
     return {file["path"]: file["md5"] for file in files if not file["md5"].endswith(".dir")}
+
+
+def dependencies(stages: dict[str, Any]) -> dict[str, str]:
+    """Give the MD5 of each file and folder that the stages of a ``dvc.lock`` depend on, by path."""
+    return {file["path"]: file["md5"] for stage in stages.values() for file in stage.get("deps", [])}
 
 
 def parameters(stages: dict[str, Any]) -> dict[str, Any]:

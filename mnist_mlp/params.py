@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.constructor import ConstructorError, SafeConstructor
 
-from mnist_mlp import UserError, run_command
+from mnist_mlp import HERE, UserError, data, run_command
 
 PARAMS = Path("params.yaml")
 
@@ -30,11 +30,11 @@ class Section(BaseModel):
 
 
 class Data(Section):
-    """Where MNIST comes from, and how grey levels in [0, 1] become the net's input: ``(x - mean) / std``."""
+    """Where the data come from, and how grey levels in [0, 1] become the net's input: ``(x - mean) / std``."""
 
     mirrors: Annotated[list[Mirror], Field(min_length=1)]
     timeout: Annotated[float, Field(gt=0, le=86_400)]  # seconds for one file from one mirror
-    validation: Annotated[int, Field(ge=0, le=59_999)]  # how many of the last training images are held out
+    validation: Annotated[int, Field(ge=0, lt=data.SIZES["train"])]  # how many of the last training images are held out
     mean: Fraction
     std: Annotated[float, Field(gt=0, le=1_000_000)]
 
@@ -50,17 +50,18 @@ class Train(Section):
 
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     epochs: Count
-    batch_size: Annotated[int, Field(ge=1, le=60_000)]
+    batch_size: Annotated[int, Field(ge=1, le=data.SIZES["train"])]
     lr: Annotated[float, Field(gt=0, le=1_000_000)]
     momentum: Annotated[float, Field(ge=0, lt=1)]
     weight_decay: Annotated[float, Field(ge=0, le=1)]
     device: Literal["cpu", "cuda"]
+    threads: Annotated[int, Field(ge=1, le=1_000)]  # wherever the net is trained or scored
 
 
 class Evaluate(Section):
     """How the test set is read, the accuracy to reach, and whether MLflow's registry gets a model that reaches it."""
 
-    batch_size: Annotated[int, Field(ge=1, le=10_000)]
+    batch_size: Annotated[int, Field(ge=1, le=data.SIZES["t10k"])]
     target_accuracy: Fraction
     register_model: Annotated[bool, Field(alias="register")]  # pydantic's models have a register of their own
 
@@ -82,7 +83,7 @@ class Study(Section):
 # What decides what a training gives, but for the seed: the parameters of stage `train` in dvc.yaml.
 VARIABLE = (
     "data.validation", "data.mean", "data.std", "model.hidden", "train.epochs", "train.batch_size", "train.lr",
-    "train.momentum", "train.weight_decay", "train.device", "evaluate.batch_size",
+    "train.momentum", "train.weight_decay", "train.device", "train.threads", "evaluate.batch_size",
 )  # fmt: skip
 
 
@@ -136,7 +137,7 @@ _REPR.maxstring = _REPR.maxother = 100
 _short = _REPR.repr
 
 
-def load(path: Path = PARAMS) -> Params:
+def load(path: Path = HERE / PARAMS) -> Params:
     """Read and check the parameters.
 
     Raises:
@@ -145,11 +146,11 @@ def load(path: Path = PARAMS) -> Params:
     try:
         config = Params.model_validate(_parse(path))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; run from the repository's root, or `git checkout {path}`") from None
+        raise UserError(f"{path.name}: no such file; `git checkout {path.name}` restores it") from None
     except UnicodeDecodeError:
-        raise UserError(f"{path}: not a UTF-8 text file; `git checkout {path}` restores it") from None
+        raise UserError(f"{path.name}: not a UTF-8 text file; `git checkout {path.name}` restores it") from None
     except ValidationError as error:
-        raise UserError(f"{path}: {_problem(error, path)}") from None
+        raise UserError(f"{path.name}: {_problem(error, path)}") from None
     _check_vary(config, path)
     return config
 
@@ -159,16 +160,16 @@ def _check_vary(config: Params, path: Path) -> None:
     for name, values in config.study.vary.items():
         if name not in VARIABLE:
             raise UserError(
-                f"{path}: study.vary: {_short(name)} is no parameter that decides what a training gives (the seeds are "
-                f"those of study.seeds); allowed: {', '.join(VARIABLE)}"
+                f"{path.name}: study.vary: {_short(name)} is no parameter that decides what a training gives (the "
+                f"seeds are those of study.seeds); allowed: {', '.join(VARIABLE)}"
             )
         for position, value in enumerate(values):
             try:
                 config.replaced({name: value})
             except ValidationError as error:
-                raise UserError(f"{path}: study.vary: {_problem(error, path)}") from None
+                raise UserError(f"{path.name}: study.vary: {_problem(error, path)}") from None
             if value in values[:position]:
-                raise UserError(f"{path}: study.vary: {name} has {_short(value)} twice; leave one of them out")
+                raise UserError(f"{path.name}: study.vary: {name} has {_short(value)} twice; leave one of them out")
 
 
 def _problem(error: ValidationError, path: Path) -> str:
@@ -179,7 +180,7 @@ def _problem(error: ValidationError, path: Path) -> str:
     value = _short(first["input"])
     match first["type"]:
         case "missing":
-            problem = f"is missing; `git diff {path}` shows what changed"
+            problem = f"is missing; `git diff {path.name}` shows what changed"
         case "extra_forbidden":
             problem = f"is {value}: not a parameter; allowed here: {_keys(first['loc'][:-1])}"
         case "model_type":
@@ -202,7 +203,7 @@ def _parse(path: Path) -> object:
         line = f", line {mark.line + 1}" if mark else ""
         problem = " ".join(str(getattr(error, "problem", None) or error).split())
         printable = "".join(character for character in problem if character.isprintable())
-        raise UserError(f"{path}{line}: bad YAML: {printable[:200]}") from None
+        raise UserError(f"{path.name}{line}: bad YAML: {printable[:200]}") from None
 
 
 def _keys(section: tuple[int | str, ...]) -> str:

@@ -28,7 +28,7 @@ from mlflow.data.meta_dataset import MetaDataset
 from mlflow.entities import LoggedModelOutput, Run
 from mlflow.exceptions import MlflowException
 
-from mnist_mlp import HISTORY, METRICS, MODEL, PLOTS, PUBLISHED, ROOT, UserError, cpu, data, lineage, store
+from mnist_mlp import HISTORY, METRICS, MODEL, PLOTS, ROOT, UserError, cpu, data, lineage, published_history, store
 from mnist_mlp.params import Params
 
 PATCH = "uncommitted.patch"
@@ -42,7 +42,7 @@ class LiveRun:
     run_id = ""
     lost = False
 
-    def start(self, config: Params, tags: Mapping[str, str]) -> None:
+    def start(self, config: Params) -> None:
         """Open the run with the parameters, the data set, and tags that say what it is made from.
 
         Raises:
@@ -50,10 +50,10 @@ class LiveRun:
         """
         try:
             patch = lineage.patch()
-            self.run_id = mlflow.start_run(run_name=run_name(), tags=provenance(patch) | dict(tags)).info.run_id
+            self.run_id = mlflow.start_run(run_name=run_name(), tags=provenance(patch)).info.run_id
             mlflow.log_params(config.flat())
             source = HTTPDatasetSource(config.data.mirrors[0])
-            dataset = MetaDataset(source, name="MNIST", digest=data.DIGEST)  # type: ignore[abstract]
+            dataset = MetaDataset(source, name=data.NAME, digest=data.DIGEST)  # type: ignore[abstract]
             mlflow.log_input(dataset, context="training")
             mlflow.log_artifact("params.yaml")
             if patch:
@@ -96,7 +96,7 @@ class LiveRun:
 
 
 @contextmanager
-def new_run(config: Params, **tags: str) -> Iterator[LiveRun]:
+def new_run(config: Params) -> Iterator[LiveRun]:
     """Open a run; close it as it ended.
 
     Raises:
@@ -105,7 +105,7 @@ def new_run(config: Params, **tags: str) -> Iterator[LiveRun]:
     store.connect()
     live, status = LiveRun(), "FAILED"
     try:
-        live.start(config, tags)
+        live.start(config)
         yield live
         status = "FINISHED"
     except KeyboardInterrupt as error:
@@ -124,7 +124,7 @@ def log_patch(run_id: str, patch: bytes) -> None:
 
 
 def log_model(config: Params, weights: bytes) -> None:
-    """Log a model to the active run: raw images (N, 28, 28) in, probabilities (N, 10) out.
+    """Log a model to the active run: raw images (N, *SHAPE) in, probabilities (N, CLASSES) out.
 
     Args:
         config: the parameters that it was trained with.
@@ -143,8 +143,8 @@ def log_model(config: Params, weights: bytes) -> None:
         name="model",
         serialization_format="pt2",  # no pickle
         signature=ModelSignature(
-            Schema([TensorSpec(np.dtype(np.uint8), (-1, 28, 28))]),
-            Schema([TensorSpec(np.dtype(np.float32), (-1, 10))]),
+            Schema([TensorSpec(np.dtype(np.uint8), (-1, *data.SHAPE))]),
+            Schema([TensorSpec(np.dtype(np.float32), (-1, data.CLASSES))]),
         ),
         input_example=data.load("t10k")[0][:2],
         pip_requirements=[f"{name}=={importlib.metadata.version(name)}" for name in ("mlflow", "numpy", "torch")],
@@ -263,7 +263,7 @@ def _log_results(run_id: str, config: Params, recorded: dict[str, Any], digest: 
     client = mlflow.MlflowClient()
     metrics = json.loads(METRICS.read_text())
     if "per_digit.json" not in {artifact.path for artifact in client.list_artifacts(run_id)}:
-        table = {"digit": list(range(10)), "precision": metrics["precision"], "recall": metrics["recall"]}
+        table = {"digit": list(range(data.CLASSES)), "precision": metrics["precision"], "recall": metrics["recall"]}
         client.log_table(run_id, table, "per_digit.json")
     client.log_artifact(run_id, str(METRICS))
     for plot in sorted(PLOTS.glob("*.png")):
@@ -278,15 +278,14 @@ def _log_results(run_id: str, config: Params, recorded: dict[str, Any], digest: 
 
 def _description(run_id: str, config: Params, metrics: Mapping[str, float]) -> str:
     """Say in Markdown what the run is, and how to repeat it."""
-    with PUBLISHED.open() as file:
-        published = float(list(csv.DictReader(file))[-1]["test_acc"])
+    published = "".join(f"; published: {row['test_acc']:.4%}" for row in published_history()[-1:])
     target = config.evaluate.target_accuracy
     reached = "reached" if metrics["accuracy"] >= target else "missed"
     commit = mlflow.get_run(run_id).data.tags["git.commit"]  # the training's, since which the code may be committed
     return f"""\
-Test accuracy **{metrics["accuracy"]:.2%}** of 10,000 images. The target of {target:.2%} is {reached}.
+Test accuracy **{metrics["accuracy"]:.2%}** of {data.SIZES["t10k"]:,} images. The target of {target:.2%} is {reached}.
 
-Mean over batches, as the tutorial counts: {metrics["batch_mean_accuracy"]:.4%}; published: {published:.4%}.
+Mean over batches, as the tutorial counts: {metrics["batch_mean_accuracy"]:.4%}{published}.
 
 - Prove it: `make verify MODEL={run_id}`
 - Repeat it: `git checkout {commit}`, copy this run's artifact `params.yaml` there, \

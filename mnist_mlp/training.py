@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mnist_mlp import UserError, data, net
+from mnist_mlp import HERE, UserError, data, net
 from mnist_mlp.params import Params
 
 DIVERGED = 1000.0  # a loss above this never comes back; it may become finite again, with every ReLU dead
@@ -24,7 +24,7 @@ class DivergedError(UserError):
 
 
 class Dataset(NamedTuple):
-    """Images (N, 784), float32 and normalised, with their labels (N,), int64."""
+    """Images (N, pixels), float32 and normalised, with their labels (N,), int64."""
 
     images: Tensor
     labels: Tensor
@@ -38,12 +38,12 @@ class Sets(NamedTuple):
     test: Dataset
 
 
-def load(config: Params, raw: Path = data.RAW) -> Sets:
+def load(config: Params, raw: Path = HERE / data.RAW) -> Sets:
     """Read all images, normalised, onto the device that ``train.device`` names.
 
     Args:
-        config: the last ``data.validation`` of the 60,000 training images become the validation set.
-        raw: the folder with MNIST's files.
+        config: the last ``data.validation`` of the training images become the validation set.
+        raw: the folder with the data set's files.
 
     Raises:
         UserError: a file is missing or damaged, or there is no such device.
@@ -77,7 +77,7 @@ def train(model: nn.Module, sets: Sets, config: Params) -> Iterator[dict[str, fl
     """Train the model in place, and yield the figures of each epoch: means over its batches, accuracies as fractions.
 
     Args:
-        model: any classifier of (N, 784) images, on the device of the data.
+        model: any classifier of (N, pixels) images, on the device of the data.
         sets: the training set is reshuffled each epoch, by a generator of its own: nothing else that draws numbers
             moves it. The others are read in order after each epoch.
         config: for the recipe: ``train.*`` and ``evaluate.batch_size``.
@@ -88,7 +88,7 @@ def train(model: nn.Module, sets: Sets, config: Params) -> Iterator[dict[str, fl
     Raises:
         DivergedError: a loss is above ``DIVERGED`` or NaN.
     """
-    torch.use_deterministic_algorithms(config.train.device == "cuda")
+    _set_arithmetic(config)
     optimizer = torch.optim.SGD(
         model.parameters(), lr=config.train.lr, momentum=config.train.momentum, weight_decay=config.train.weight_decay
     )
@@ -153,7 +153,7 @@ def test_epoch(model: nn.Module, dataset: Dataset, batch_size: int) -> tuple[flo
 
 @torch.inference_mode()
 def score(model: nn.Module, images: Tensor, batch_size: int) -> Tensor:
-    """Score (N, 784) images in batches: (N, 10)."""
+    """Score (N, pixels) images in batches: (N, CLASSES)."""
     model.eval()
     return torch.cat([model(batch) for batch in images.split(batch_size)])
 
@@ -162,7 +162,7 @@ def batch_means(scores: Tensor, labels: Tensor, batch_size: int) -> tuple[float,
     """Cross-entropy and accuracy as the tutorial counts them: means over batches. A short last batch counts in full.
 
     Args:
-        scores: (N, 10).
+        scores: (N, CLASSES).
         labels: (N,), int64.
         batch_size: how many images a batch holds.
 
@@ -179,9 +179,10 @@ def evaluate(model: nn.Module, sets: Sets, config: Params) -> tuple[Tensor, dict
     """Score a trained model.
 
     Returns:
-        The scores of the test images, (N, 10), and the metrics: ``accuracy``, exact, ``batch_mean_accuracy``, as the
-        tutorial counts, and ``loss``, all of the test set; and with a validation set ``validation_accuracy``.
+        The scores of the test images, (N, CLASSES), and the metrics: ``accuracy``, exact, ``batch_mean_accuracy``, as
+        the tutorial counts, and ``loss``, all of the test set; and with a validation set ``validation_accuracy``.
     """
+    _set_arithmetic(config)
     scores = score(model, sets.test.images, config.evaluate.batch_size)
     metrics = {
         "accuracy": _accuracy(scores, sets.test.labels),
@@ -192,6 +193,12 @@ def evaluate(model: nn.Module, sets: Sets, config: Params) -> tuple[Tensor, dict
         held_out = score(model, sets.validation.images, config.evaluate.batch_size)
         metrics["validation_accuracy"] = _accuracy(held_out, sets.validation.labels)
     return scores, metrics
+
+
+def _set_arithmetic(config: Params) -> None:
+    """Compute as ``params.yaml`` says, however many cores there are: the bytes of most layers depend on it."""
+    torch.set_num_threads(config.train.threads)
+    torch.use_deterministic_algorithms(config.train.device == "cuda")
 
 
 def rounded(figures: Mapping[str, float]) -> dict[str, str]:

@@ -6,18 +6,17 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from mnist_mlp import HISTORY, PLOTS, PREDICTIONS, PUBLISHED, data, figures, params, run_command
+from mnist_mlp import FIGURES, HISTORY, PLOTS, PREDICTIONS, data, figures, params, published_history, run_command
 
 
 def main() -> None:
     """Draw six plots."""
     config = params.load()
-    ours, published = (np.genfromtxt(path, delimiter=",", names=True) for path in (HISTORY, PUBLISHED))
+    ours = np.atleast_1d(np.genfromtxt(HISTORY, delimiter=",", names=True))
     predictions = np.genfromtxt(PREDICTIONS, delimiter=",", names=True)
     images, _ = data.load("t10k")
 
-    names = ("train_loss", "train_acc", "test_loss", "test_acc")
-    plots = {name: curves(name, np.atleast_1d(ours), published) for name in names}
+    plots = {name: curves(name, ours, published_history()) for name in FIGURES}
     plots["confusion_matrix"] = confusion_matrix(
         predictions["actual"].astype(int), predictions["predicted"].astype(int)
     )
@@ -27,10 +26,12 @@ def main() -> None:
     print(f"{len(plots)} plots in {PLOTS}")
 
 
-def curves(name: str, ours: NDArray[np.void], published: NDArray[np.void]) -> Figure:
+def curves(name: str, ours: NDArray[np.void], published: list[dict[str, float]]) -> Figure:
     """Draw one figure of the history over the epochs, titled as in the tutorial: 'train loss' for ``train_loss``."""
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    axes.plot(published["epoch"], published[name], "o-", color="tab:gray", markersize=4, label="published")
+    if published:
+        epochs, values = ([row[column] for row in published] for column in ("epoch", name))
+        axes.plot(epochs, values, "o-", color="tab:gray", markersize=4, label="published")
     axes.plot(ours["epoch"], ours[name], "o-", color="tab:blue", markersize=4, linewidth=2, label="ours")
     held_out = name.replace("test", "val")
     if held_out != name and held_out in (ours.dtype.names or ()):
@@ -45,18 +46,21 @@ def confusion_matrix(actual: NDArray[np.int_], predicted: NDArray[np.int_]) -> F
     """Count the test digits by what they are and what they were taken for; the colour shows mistakes only.
 
     Args:
-        actual: (N,), 0 to 9.
+        actual: (N,), 0 to CLASSES - 1.
         predicted: likewise.
     """
-    counts = np.bincount(actual * 10 + predicted, minlength=100).reshape(10, 10)
-    mistakes = counts * ~np.eye(10, dtype=bool)
+    classes = data.CLASSES
+    counts = np.bincount(actual * classes + predicted, minlength=classes**2).reshape(classes, classes)
+    mistakes = counts * ~np.eye(classes, dtype=bool)
     figure, axes = plt.subplots(figsize=(6, 6), layout="constrained")
     axes.imshow(mistakes, cmap="Reds", vmax=max(1, 1.5 * mistakes.max()))
-    for row, column in np.ndindex(10, 10):
+    for row, column in np.ndindex(classes, classes):
         if counts[row, column]:
             weight = "bold" if row == column else "normal"
             axes.text(column, row, str(counts[row, column]), ha="center", va="center", fontsize=11, weight=weight)
-    axes.set(title="confusion matrix", xlabel="predicted", ylabel="actual", xticks=range(10), yticks=range(10))
+    axes.set(
+        title="confusion matrix", xlabel="predicted", ylabel="actual", xticks=range(classes), yticks=range(classes)
+    )
     axes.grid(visible=False)
     return figure
 
@@ -65,7 +69,7 @@ def wrong_digits(images: NDArray[np.uint8], predictions: NDArray[np.void], count
     """Show the test digits that the net got wrong with the highest probability, worst first.
 
     Args:
-        images: (N, 28, 28).
+        images: (N, *SHAPE).
         predictions: (N,), with the fields actual, predicted and probability.
         count: how many to show, at most.
     """

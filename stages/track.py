@@ -4,9 +4,10 @@ The pipeline ends with it. ``make track`` runs it by itself: after ``rm mlflow.d
 it fills in from ``results/`` whatever is missing. Where nothing is missing it changes nothing.
 """
 
+import os
 from pathlib import Path
 
-from mnist_mlp import params, registry, run_command, store, tracking, write
+from mnist_mlp import lineage, params, registry, run_command, store, tracking, write
 
 TRACKED = Path("results/tracked")  # for DVC: which results this repository's MLflow store has
 
@@ -17,6 +18,8 @@ def main() -> None:
     run, added = tracking.track(config)
     print(f"MLflow: run {run.info.run_name} {'is now' if added else 'was'} complete; {registry.register(run, config)}")
     print(f"        {store.page()}")
+    if "DVC_EXP_NAME" in os.environ and not lineage.keeps_experiments():
+        print("        DVC keeps no experiment in a shallow clone, so only MLflow has it; type `git fetch --unshallow`")
     write(TRACKED, run.data.tags["dvc.lock.md5"] + "\n")
 
 

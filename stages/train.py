@@ -1,23 +1,17 @@
 """Train the net by the tutorial's recipe: plain SGD on cross-entropy, tested after every epoch."""
 
-from pathlib import Path
-
-import torch
 from tqdm import tqdm
 
-from mnist_mlp import HISTORY, MODEL, ROOT, csv_text, net, params, run_command, tracking, training, write
+from mnist_mlp import HISTORY, MODEL, csv_text, net, params, run_command, tracking, training, write
 
 
 def main() -> None:
     """Train, write the weights and the history, and track both in MLflow."""
     config = params.load()
     sets = training.load(config)
-    if Path.cwd() != ROOT:  # one of several that DVC trains at once, each in a copy of the repository
-        torch.set_num_threads(1)
-
     model = training.new_model(config)
     history = []
-    with tracking.new_run(config, threads=str(torch.get_num_threads())) as run:
+    with tracking.new_run(config) as run:
         epochs = training.train(model, sets, config)
         for epoch, figures in enumerate(
             tqdm(epochs, "train", config.train.epochs, unit="epoch", disable=None, leave=False)

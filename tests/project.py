@@ -20,13 +20,23 @@ RESULTS = ("dvc.lock", "results/model.safetensors", "results/history.csv", "resu
            "results/predictions.csv", "results/plots/test_acc.png", "results/plots/wrong_digits.png")  # fmt: skip
 
 
-def make(folder: Path, mnist: Path, small: bool = True) -> Path:
-    """Commit this working tree's files and no results as a repository of its own, with a small net unless told."""
-    listed = run(REPOSITORY, "git", "ls-files", "--cached", "--others", "--exclude-standard").stdout.split()
-    for name in listed:
-        if not name.startswith("results/") and not name.endswith("dvc.lock"):
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(REPOSITORY / name, folder / name)
+def put_files(folder: Path, source: Path) -> None:
+    """Put a working tree's files, and no results, in the place of those that Git has in the folder."""
+
+    def files(tree: Path, *options: str) -> list[str]:
+        listed = run(tree, "git", "ls-files", *options).stdout.split()
+        return [name for name in listed if not name.startswith("results/") and not name.endswith("dvc.lock")]
+
+    for name in files(folder) if (folder / ".git").exists() else []:
+        (folder / name).unlink()
+    for name in files(source, "--cached", "--others", "--exclude-standard"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source / name, folder / name)
+
+
+def make(folder: Path, mnist: Path, small: bool = True, source: Path = REPOSITORY) -> Path:
+    """Commit a working tree's files and no results as a repository of its own, with a small net unless told."""
+    put_files(folder, source)
     (folder / "data/MNIST/raw").mkdir(parents=True)
     for file in mnist.iterdir():
         if file.suffix == "" and not file.name.startswith("."):
@@ -38,6 +48,12 @@ def make(folder: Path, mnist: Path, small: bool = True) -> Path:
     run(folder, "git", "config", "user.email", "test@localhost")
     commit(folder)
     return folder
+
+
+def put_code(folder: Path) -> None:
+    """Put the packages into a folder, so that commands work there: they do so in the folder of their code."""
+    for package in ("mnist_mlp", "stages"):
+        shutil.copytree(REPOSITORY / package, folder / package)
 
 
 def copy(repository: Path, folder: Path, store: bool = True) -> Path:

@@ -28,14 +28,13 @@ io.open = builtins.open = open_
 """
 
 
-def in_write(folder: Path, path: str, number: signal.Signals, *command: str, import_from: Path | None = None) -> int:
+def in_write(folder: Path, path: str, number: signal.Signals, *command: str) -> int:
     """Run a command, and send its processes a signal when half of a file is written; give the exit status."""
     scripts = folder.parent / "halfway"
     scripts.mkdir(exist_ok=True)
     (scripts / "sitecustomize.py").write_text(HALFWAY)
-    paths = os.pathsep.join(map(str, (scripts, import_from or folder)))
     with subprocess.Popen(
-        command, cwd=folder, env=project.environment(PYTHONPATH=paths, STOP_AT=path, STOP_BY=str(int(number))),
+        command, cwd=folder, env=project.environment(PYTHONPATH=str(scripts), STOP_AT=path, STOP_BY=str(int(number))),
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
     ) as process:  # fmt: skip
         process.communicate(timeout=project.NEVER)  # until all that hold the pipe have ended

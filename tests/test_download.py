@@ -22,7 +22,7 @@ import yaml
 
 from mnist_mlp import params
 from mnist_mlp.data import RAW, SHA256
-from tests import stopping
+from tests import project, stopping
 
 ROOT = Path(__file__).parents[1]
 NAME = "t10k-labels-idx1-ubyte"  # the smallest file. In most tests it is the only one that is missing
@@ -118,6 +118,7 @@ def server(mirror: Path) -> Iterator[Server]:
 @pytest.fixture
 def raw(tmp_path: Path, mnist: Path) -> Path:
     """A data folder in a workspace of its own. Only ``NAME`` is missing."""
+    project.put_code(tmp_path)
     raw = tmp_path / RAW
     raw.mkdir(parents=True)
     for name in SHA256.keys() - {NAME}:
@@ -137,7 +138,7 @@ def started(workspace: Path, mirrors: list[str], timeout: float, **env: str) -> 
     with subprocess.Popen(
         [sys.executable, "-m", "stages.download"],
         cwd=workspace,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "no_proxy": "*", "npm_config_noproxy": "127.0.0.1"} | env,
+        env=os.environ | {"no_proxy": "*", "npm_config_noproxy": "127.0.0.1"} | env,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -177,6 +178,7 @@ def assert_next_is_tried(workspace: Path, bad: str, reason: str, good: str, **en
 def test_a_fresh_workspace_gets_all_four_files_from_the_first_mirror(
     tmp_path: Path, mirror: Path, server: Server
 ) -> None:
+    project.put_code(tmp_path)
     status, out, err = download(tmp_path, [f"file://{mirror}", f"{server.url}/good"])
     assert out == [f"{name}: from file://{mirror}" for name in SHA256]
     assert (status, err) == (0, [])
@@ -298,7 +300,7 @@ def test_killed_in_the_middle_of_a_write_it_leaves_a_part_only_which_the_next_ru
 ) -> None:
     write_params(tmp_path, [f"file://{mirror}"], NEVER)
     command = (sys.executable, "-m", "stages.download")
-    assert stopping.in_write(tmp_path, NAME, signal.SIGKILL, *command, import_from=ROOT) == -signal.SIGKILL
+    assert stopping.in_write(tmp_path, NAME, signal.SIGKILL, *command) == -signal.SIGKILL
     assert not (raw / NAME).exists()
     assert {path.name for path in raw.iterdir()} > SHA256.keys() - {NAME}
     shutil.copy(mnist / NAME, raw)

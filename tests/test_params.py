@@ -1,7 +1,6 @@
 """What ``params.yaml`` may hold, and what the user is told where it holds something else."""
 
 import difflib
-import os
 import re
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mnist_mlp import UserError, params
+from tests import project
 
 ROOT = Path(__file__).parents[1]
 GOOD = (ROOT / params.PARAMS).read_text(encoding="utf-8")
@@ -126,7 +126,7 @@ def test_what_is_wrong_is_said_in_one_line_with_key_value_and_what_is_allowed(
 
 
 def test_a_missing_file_is_said_with_the_remedy(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"params\.yaml: no such file; run from the repository's root"):
+    with pytest.raises(UserError, match=r"params\.yaml: no such file; `git checkout params\.yaml` restores it"):
         params.load(tmp_path / "params.yaml")
 
 
@@ -222,11 +222,11 @@ def test_whatever_the_file_holds_it_is_read_or_refused_in_one_line(
 
 def test_a_process_refuses_with_one_line_on_stderr_and_status_1(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text(edited("epochs", "many"))
+    project.put_code(tmp_path)
     command = [sys.executable, "-m", "mnist_mlp.params"]
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert process.returncode == 1
     (line,) = process.stderr.splitlines()
     assert line.startswith("params: params.yaml: train.epochs is 'many': ")
     assert process.stdout == ""
-    assert [path.name for path in tmp_path.iterdir()] == ["params.yaml"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mnist_mlp", "params.yaml", "stages"]

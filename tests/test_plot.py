@@ -30,8 +30,8 @@ def test_each_plot_is_drawn_from_our_history_and_the_published_one(finished: Pat
 
 
 def test_the_published_curve_is_the_published_history() -> None:
-    dtype = [("epoch", float), ("test_acc", float)]
-    ours, published = np.array([(0, 0.9), (1, 0.95)], dtype), np.array([(0, 0.8), (1, 0.85)], dtype)
+    ours = np.array([(0, 0.9), (1, 0.95)], [("epoch", float), ("test_acc", float)])
+    published = [{"epoch": 0.0, "test_acc": 0.8}, {"epoch": 1.0, "test_acc": 0.85}]
     (axes,) = plot.curves("test_acc", ours, published).axes
     drawn = {line.get_label(): list(np.asarray(line.get_ydata())) for line in axes.lines}
     assert drawn == {"published": [0.8, 0.85], "ours": [0.9, 0.95]}

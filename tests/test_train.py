@@ -155,10 +155,29 @@ def test_any_number_of_threads_gives_the_same_bytes(
     threads, digests = torch.get_num_threads(), set()
     try:
         for number in (1, 2, 3, 8):
-            torch.set_num_threads(number)
-            model = mlp(hidden)
-            epochs = list(training.train(model, sets(train, test), recipe(epochs=1, batch_size=batch_size)))
+            model, config = mlp(hidden), recipe(epochs=1, batch_size=batch_size, threads=number)
+            epochs = list(training.train(model, sets(train, test), config))
+            assert torch.get_num_threads() == number
             digests.add(hashlib.sha256(repr(epochs).encode() + weights(model)).hexdigest())
+    finally:
+        torch.set_num_threads(threads)
+    assert len(digests) == 1
+
+
+def test_any_layer_gives_the_same_bytes_whatever_number_of_threads_is_usual_here(train_set: training.Dataset) -> None:
+    """With each number, convolution and batch normalisation add in another order: it is for params.yaml to say."""
+    small = sets(first(train_set, 640), first(train_set, 640))
+    threads, digests = torch.get_num_threads(), set()
+    try:
+        for usual in (1, 4):
+            torch.set_num_threads(usual)
+            torch.manual_seed(42)
+            convolution = nn.Unflatten(1, (1, 28, 28)), nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten()
+            model = nn.Sequential(*convolution, nn.Linear(8 * 26 * 26, 10))
+            epochs = list(training.train(model, small, recipe(epochs=1, threads=1)))
+            torch.set_num_threads(usual)
+            scores, _ = training.evaluate(model, small, recipe(threads=1))
+            digests.add(hashlib.sha256(repr(epochs).encode() + weights(model) + scores.numpy().tobytes()).hexdigest())
     finally:
         torch.set_num_threads(threads)
     assert len(digests) == 1

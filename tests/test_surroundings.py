@@ -1,0 +1,99 @@
+"""Wherever a command is started from, it works in its own repository, or says in one line why not."""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from mnist_mlp import data
+from tests import project
+
+
+@pytest.fixture
+def repository(finished: Path, tmp_path: Path) -> Path:
+    folder = project.copy(finished, tmp_path / "repository")
+    project.run(folder, sys.executable, "-m", "stages.track")  # the copy is the store's place now
+    return folder
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Path:
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    return folder
+
+
+def test_commands_work_from_another_folder_and_leave_nothing_there(repository: Path, elsewhere: Path) -> None:
+    Image.fromarray(255 - data.load("t10k")[0][0]).resize((300, 300)).save(elsewhere / "seven.png")
+    env = project.environment(PYTHONPATH=str(repository))
+    done = project.run(elsewhere, sys.executable, "-m", "mnist_mlp.predict", "seven.png", env=env)
+    assert done.stdout.startswith("seven.png: 7, probability ")
+    for module in ("stages.track", "mnist_mlp.verdict"):
+        project.run(elsewhere, sys.executable, "-m", module, env=env)
+    assert [path.name for path in elsewhere.iterdir()] == ["seven.png"]
+
+
+def test_a_notebook_beside_the_clone_can_use_the_package(repository: Path, elsewhere: Path) -> None:
+    cells = f"""if True:
+        import sys
+        sys.path.insert(0, {str(repository)!r})
+        from mnist_mlp import data, params, registry, training
+        config = params.load().replaced({{"train.epochs": 1}})
+        print(*training.train(training.new_model(config), training.load(config), config))
+        version, classify = registry.load()
+        print(classify(data.load("t10k")[0][:3]).argmax(1))"""
+    done = project.run(elsewhere, sys.executable, "-c", cells)
+    assert "test_acc" in done.stdout
+    assert "[7 2 1]" in done.stdout
+    assert not list(elsewhere.iterdir())
+
+
+def test_the_code_of_another_clone_is_refused(repository: Path, tmp_path: Path) -> None:
+    """As with PYTHONSAFEPATH, under which Python does not look into the working folder."""
+    other = project.copy(repository, tmp_path / "other")
+    env = project.environment(PYTHONPATH=str(repository), PYTHONSAFEPATH="1")
+    project.run(repository, sys.executable, "-m", "mnist_mlp.params", env=env)
+    done = project.run(other / "results", sys.executable, "-m", "stages.evaluate", env=env, check=False)
+    line = f"evaluate: this is the code of {repository}, and {other} has its own; unset PYTHONSAFEPATH and PYTHONPATH\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", line)
+
+
+def test_a_python_without_the_packages_is_told_what_to_do_and_the_results_come_back(
+    finished: Path, repository: Path, elsewhere: Path
+) -> None:
+    """As after `dvc repro` without the virtual environment, by a DVC from elsewhere."""
+    python = elsewhere / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+    python.chmod(0o755)
+    env = project.environment()
+    env["PATH"] = f"{elsewhere}{os.pathsep}{env['PATH']}"
+    done = project.run(repository, "dvc", "repro", "--force", "--single-item", "train", env=env, check=False)
+    line = " has no torch, mlflow, dvc: type `make setup`, then `source .venv/bin/activate`; DVC has removed results: "
+    assert line in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.returncode != 0
+    project.run(repository, "dvc", "repro")
+    assert project.contents(repository) == project.contents(finished)
+
+
+def test_published_figures_may_be_missing_or_empty(repository: Path) -> None:
+    published = repository / "data/published_history.csv"
+    header, *_ = published.read_text().splitlines()
+    plots = {}
+    for state in ("header", "missing"):
+        published.write_text(f"{header}\n") if state == "header" else published.unlink()
+        shutil.rmtree(repository / "mlruns")
+        (repository / "mlflow.db").unlink()
+        assert project.stages_run(project.run(repository, "dvc", "repro").stdout) == ["plot", "track"]
+        plots[state] = (repository / "results/plots/test_acc.png").read_bytes()
+        assert ", published" not in project.run(repository, sys.executable, "-m", "mnist_mlp.verdict").stdout
+        (run,) = project.runs(repository)
+        assert "published" not in run.data.tags["mlflow.note.content"]
+    assert plots["header"] == plots["missing"]
+    published.write_text("epoch,accuracy\n0,0.9\n")
+    done = project.run(repository, sys.executable, "-m", "stages.plot", check=False)
+    assert done.stderr.startswith("plot: data/published_history.csv: 'train_loss' is not as it should be: numbers in")
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
