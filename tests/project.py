@@ -13,6 +13,10 @@ from mlflow.entities import Run
 
 REPOSITORY = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
+# Neither the user's settings, such as signatures and hooks, nor the variables of a hook that runs the tests.
+for variable in [name for name in os.environ if name.startswith("GIT_")]:
+    del os.environ[variable]
+os.environ |= {"GIT_CONFIG_GLOBAL": str(REPOSITORY / "tests/gitconfig"), "GIT_CONFIG_SYSTEM": os.devnull}
 SMALL = {"model.hidden": [32], "train.epochs": 2, "train.batch_size": 250, "evaluate.target_accuracy": 0.5}
 NEVER = 1800  # seconds. Only a process that hangs takes so long, on a busy machine too
 TRIED: dict[str, object] = {"train.lr": 0.05}  # another value, whose results are in the cache of the fixture `tried`
@@ -44,8 +48,6 @@ def make(folder: Path, mnist: Path, small: bool = True, source: Path = REPOSITOR
     if small:
         edit(folder, SMALL)
     run(folder, "git", "init", "--quiet", "--initial-branch", "main")
-    run(folder, "git", "config", "user.name", "test")
-    run(folder, "git", "config", "user.email", "test@localhost")
     commit(folder)
     return folder
 
@@ -65,8 +67,7 @@ def copy(repository: Path, folder: Path, store: bool = True) -> Path:
 
 def commit(folder: Path) -> None:
     run(folder, "git", "add", "--all")
-    identity = ("-c", "user.name=test", "-c", "user.email=test@localhost")  # a clone has none
-    run(folder, "git", *identity, "commit", "--quiet", "-m", "test")
+    run(folder, "git", "commit", "--quiet", "-m", "test")
 
 
 def edit(folder: Path, values: dict[str, object]) -> None:

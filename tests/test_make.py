@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,12 +31,10 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+def run(folder: Path, *command: str, **more: str) -> subprocess.CompletedProcess[str]:
     # make's own variables: these tests may run below `make test`
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS", "GIT_"))}
-    env["GIT_CEILING_DIRECTORIES"] = str(folder.parents[1])
-    for role in ("AUTHOR", "COMMITTER"):
-        env |= {f"GIT_{role}_NAME": "test", f"GIT_{role}_EMAIL": "test@localhost"}
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    env |= {"GIT_CEILING_DIRECTORIES": str(folder.parents[1])} | more
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
 
 
@@ -119,3 +118,16 @@ def test_new_requirements_are_installed_into_the_same_venv(folder: Path) -> None
     os.utime(folder / ".venv/installed", (0, 0))  # older than requirements.txt
     assert "uv installs" in make(folder, "setup").stdout
     assert (folder / ".venv/old").exists()
+
+
+def test_the_users_git_settings_do_not_reach_the_repositories_of_tests(tmp_path: Path) -> None:
+    """Nor do the variables of a Git hook that runs the tests."""
+    settings = tmp_path / "gitconfig"
+    settings.write_text("[commit]\n\tgpgsign = true\n[user]\n\tsigningkey = none\n")
+    script = (
+        "import pathlib; from tests import project; folder = pathlib.Path('made'); folder.mkdir();"
+        "project.run(folder, 'git', 'init'); project.run(folder, 'touch', 'file'); project.commit(folder)"
+    )
+    environment = {"PYTHONPATH": str(ROOT), "GIT_CONFIG_GLOBAL": str(settings), "GIT_DIR": "nowhere"}
+    done = run(tmp_path, sys.executable, "-c", script, **environment)
+    assert (done.returncode, done.stderr) == (0, "")
