@@ -26,11 +26,10 @@ def md5(content: bytes) -> str:
 
 
 def git(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[bytes]:
-    """Run Git in this folder, whatever repository the caller's environment names."""
+    """Run Git in this folder, without hooks, and whatever repository the caller's environment names."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-    return subprocess.run(
-        ["git", "-c", "core.quotePath=false", *arguments], env=clean | (env or {}), capture_output=True, check=False
-    )
+    command = ["git", "-c", "core.quotePath=false", "-c", "core.hooksPath=/dev/null", *arguments]
+    return subprocess.run(command, env=clean | (env or {}), capture_output=True, check=False)
 
 
 def commit() -> str:

@@ -201,6 +201,17 @@ def test_a_commit_is_proved_without_any_store(repository: Path, tmp_path: Path) 
     assert not (clone / "mlflow.db").exists()
 
 
+def test_the_users_git_hooks_do_not_run_in_the_clone_that_proves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".gitconfig").write_text(f"[core]\n\thooksPath = {tmp_path}\n")
+    (tmp_path / "post-checkout").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "post-checkout").chmod(0o755)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(project.REPOSITORY)
+    assert (verification._clone("HEAD", tmp_path) / "dvc.yaml").exists()
+
+
 def test_a_commit_whose_file_does_not_come_out_again_is_different(finished: Path, repository: Path) -> None:
     """Its stages copy results that are there already, which is quick."""
     pipeline, lock = repository / "dvc.yaml", repository / "dvc.lock"
