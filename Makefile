@@ -9,7 +9,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro study study-check test verify serve track bench lock clone venv
+.PHONY: help setup repro study study-check test verify serve track bench lock clone venv packages
 .NOTPARALLEL:
 
 help:  ## list these commands
@@ -59,28 +59,48 @@ clone:
 	    "This folder is not a Git clone of its own, which DVC and the link from results to commits need. Clone the" \
 	    "repository, or type: git init && git add --all && git commit -m 'Start from the archive'" >&2; exit 1; }
 
-# uv comes from the same hashed file as all the rest. The activation script gets the one setting that the mlflow command
-# takes from nowhere else. The last step writes the stamp: without it, the next `make` begins again.
-.venv/installed: requirements.txt
-	@rm -f $@
-	@sed -n '/^uv==/,/^ *# via/p' requirements.txt > .venv/uv.txt
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --requirement .venv/uv.txt
-	@$(BIN)/uv pip sync --require-hashes --compile-bytecode --python $(BIN)/python requirements.txt
-	@grep -q MLFLOW_DISABLE_TELEMETRY $(BIN)/activate || echo 'export MLFLOW_DISABLE_TELEMETRY=true' >> $(BIN)/activate
-	@pwd -P > $@
+# Two set-ups at once would remove each other's .venv. The system lifts the lock with the last process that holds it.
+define LOCK
+import fcntl, os, sys
+lock = os.open("requirements.txt", os.O_RDWR)
+try:
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+except BlockingIOError:
+    sys.exit("Another make sets up .venv. Wait until it has finished, then type this again.")
+os.set_inheritable(lock, True)
+os.execvp(sys.argv[1], sys.argv[1:])
+endef
+export LOCK
 
 # The scripts in .venv name the folder in which it was made, and work only there. The stamp holds that name.
 MADE_IN := $(shell test -x $(BIN)/python && cat .venv/installed 2>/dev/null)
-ifneq ($(MADE_IN),$(CURDIR))
-.venv/installed: venv
+ifeq ($(MADE_IN),$(CURDIR))
+PYTHON := $(BIN)/python
+else
+.PHONY: .venv/installed
+NEW := venv
 endif
 
-venv:
-	@test ! -s .venv/installed || echo "The .venv here was made in $$(cat .venv/installed), and works only there."
-	@rm -rf .venv
+.venv/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { echo "'$(PYTHON)' is not" \
 	    "Python 3.11 or newer. Install one and name it, such as: make repro PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo \
 	    "'$(PYTHON)' cannot make virtual environments. On Debian and Ubuntu: sudo apt install python3-venv" >&2; exit 1; }
-	@echo "Setting up .venv: on Linux, 3.3 GB to download and 6.4 GB on disk, mostly PyTorch."
+	@$(PYTHON) -c "$$LOCK" $(MAKE) --no-print-directory $(NEW) packages
+
+venv:
+	@test ! -s .venv/installed || echo "The .venv here was made in $$(cat .venv/installed), and works only there."
+	@rm -rf .venv
+	@echo "Setting up .venv: on Linux, 3.3 GB to download and 6.4 GB on disk, mostly PyTorch." \
+	    "Then Python compiles it all in silence, for about a minute."
 	@$(PYTHON) -m venv .venv
+
+# uv comes from the same hashed file as all the rest. The activation script gets the one setting that the mlflow command
+# takes from nowhere else. The last step writes the stamp: without it, the next `make` begins again.
+packages:
+	@rm -f .venv/installed
+	@sed -n '/^uv==/,/^ *# via/p' requirements.txt > .venv/uv.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --requirement .venv/uv.txt
+	@$(BIN)/uv pip sync --require-hashes --compile-bytecode --python $(BIN)/python requirements.txt
+	@grep -q MLFLOW_DISABLE_TELEMETRY $(BIN)/activate || echo 'export MLFLOW_DISABLE_TELEMETRY=true' >> $(BIN)/activate
+	@pwd -P > .venv/installed

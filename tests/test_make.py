@@ -1,7 +1,8 @@
-"""The Makefile outside the good case. A small shell script plays Python and uv, so that no test sets up gigabytes."""
+"""The Makefile outside the good case. Small shell scripts play Python and uv, so that no test sets up gigabytes."""
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,12 +11,20 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# As python it makes a .venv, as uv it installs nothing. It fails as uv while there is a file named "broken".
-FAKE_PYTHON = """#!/bin/sh
+# It makes a .venv with a pip that does nothing, and with the uv below.
+PYTHON = f"""#!/bin/sh
 case "$1 $2" in
-"-m venv") mkdir -p .venv/bin && touch .venv/bin/activate && cp "$0" .venv/bin/python && cp "$0" .venv/bin/uv ;;
-"pip sync") echo "uv installs" && test ! -e broken ;;
+"-m venv")
+    {sys.executable} -m venv --without-pip .venv && cp ../uv .venv/bin
+    touch "$(echo .venv/lib/*/site-packages)/pip.py" ;;
+*) exec {sys.executable} "$@" ;;
 esac
+"""
+# It fails while there is a file named "broken". A file named "meanwhile" is a script that it runs once.
+UV = """#!/bin/sh
+echo "uv installs"
+test ! -e meanwhile || { mv meanwhile .venv && . .venv/meanwhile; }
+test ! -e broken
 """
 
 
@@ -26,16 +35,18 @@ def folder(tmp_path: Path) -> Path:
     folder.mkdir()
     for name in ("Makefile", "requirements.txt", ".gitignore"):
         shutil.copy(ROOT / name, folder)
-    (tmp_path / "python").write_text(FAKE_PYTHON)
-    (tmp_path / "python").chmod(0o755)
+    for name, script in {"python": PYTHON, "uv": UV}.items():
+        (tmp_path / name).write_text(script)
+        (tmp_path / name).chmod(0o755)
     return folder
 
 
 def run(folder: Path, *command: str, **more: str) -> subprocess.CompletedProcess[str]:
     # make's own variables: these tests may run below `make test`
     env = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    # In a session of its own, all of which a test may kill.
     env |= {"GIT_CEILING_DIRECTORIES": str(folder.parents[1])} | more
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, start_new_session=True)
 
 
 def make(folder: Path, goal: str, python: str = "../python") -> subprocess.CompletedProcess[str]:
@@ -44,7 +55,7 @@ def make(folder: Path, goal: str, python: str = "../python") -> subprocess.Compl
 
 def message(done: subprocess.CompletedProcess[str]) -> str:
     """The one line on stderr beside make's own."""
-    (line,) = (line for line in done.stderr.splitlines() if not line.startswith("make: ***"))
+    (line,) = (line for line in done.stderr.splitlines() if not line.startswith("make"))
     return line
 
 
@@ -118,6 +129,24 @@ def test_new_requirements_are_installed_into_the_same_venv(folder: Path) -> None
     os.utime(folder / ".venv/installed", (0, 0))  # older than requirements.txt
     assert "uv installs" in make(folder, "setup").stdout
     assert (folder / ".venv/old").exists()
+
+
+def test_a_second_set_up_beside_the_first_is_refused_in_one_line_and_leaves_it_alone(folder: Path) -> None:
+    (folder / "meanwhile").write_text("env -u MAKEFLAGS -u MAKELEVEL make setup PYTHON=../python 2> second\n")
+    first = make(folder, "setup")
+    assert (first.returncode, first.stderr) == (0, "")
+    announced, installed = first.stdout.splitlines()
+    assert announced.endswith("Then Python compiles it all in silence, for about a minute.")
+    assert installed.startswith("uv installs")
+    line, _ = (folder / "second").read_text().splitlines()  # and make's own
+    assert line == "Another make sets up .venv. Wait until it has finished, then type this again."
+
+
+def test_a_killed_set_up_stops_no_later_one(folder: Path) -> None:
+    (folder / "meanwhile").write_text("kill -9 0\n")
+    assert make(folder, "setup").returncode == -signal.SIGKILL
+    assert (folder / ".venv/bin/python").exists()
+    assert make(folder, "setup").returncode == 0
 
 
 def test_the_users_git_settings_do_not_reach_the_repositories_of_tests(tmp_path: Path) -> None:
