@@ -5,6 +5,9 @@ MODEL ?=
 PORT ?= 5001
 RUNS ?= 2
 BIN := .venv/bin
+# uv reads none of pip's settings, so it gets the index that pip uses. With `user = true`, pip would list some only.
+UV = UV_DEFAULT_INDEX="$${UV_DEFAULT_INDEX:-$$(PIP_USER=0 $(BIN)/python -m pip config list | \
+    sed -n 's/^[a-z:]*\.index-url=.\(.*\).$$/\1/p' | head -n 1)}" $(BIN)/uv
 export MLFLOW_DISABLE_TELEMETRY := true
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
@@ -50,7 +53,7 @@ bench: setup  ## time our training loop against the textbook's and against the b
 	@$(BIN)/python -m tests.benchmark
 
 lock: setup  ## make requirements.txt anew from pyproject.toml
-	@$(BIN)/uv pip compile --quiet --universal --upgrade --generate-hashes --python-version 3.11 --group dev \
+	@$(UV) pip compile --quiet --universal --upgrade --generate-hashes --python-version 3.11 --group dev \
 	    --no-emit-index-url --custom-compile-command 'make lock' --output-file requirements.txt pyproject.toml
 
 clone:
@@ -95,12 +98,14 @@ venv:
 	    "Then Python compiles it all in silence, for about a minute."
 	@$(PYTHON) -m venv .venv
 
-# uv comes from the same hashed file as all the rest. The activation script gets the one setting that the mlflow command
-# takes from nowhere else. The last step writes the stamp: without it, the next `make` begins again.
+# uv comes from the same hashed file as all the rest, and goes into .venv whatever pip's settings say. The activation script
+# gets the one setting that the mlflow command takes from nowhere else. The last step writes the stamp: without it, the next
+# `make` begins again.
 packages:
 	@rm -f .venv/installed
 	@sed -n '/^uv==/,/^ *# via/p' requirements.txt > .venv/uv.txt
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --requirement .venv/uv.txt
-	@$(BIN)/uv pip sync --require-hashes --compile-bytecode --python $(BIN)/python requirements.txt
+	@PIP_USER=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check --target= --prefix="$$(pwd -P)/.venv" \
+	    --no-deps --require-hashes --requirement .venv/uv.txt
+	@$(UV) pip sync --require-hashes --compile-bytecode --python $(BIN)/python requirements.txt
 	@grep -q MLFLOW_DISABLE_TELEMETRY $(BIN)/activate || echo 'export MLFLOW_DISABLE_TELEMETRY=true' >> $(BIN)/activate
 	@pwd -P > .venv/installed

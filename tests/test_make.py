@@ -1,10 +1,12 @@
 """The Makefile outside the good case. Small shell scripts play Python and uv, so that no test sets up gigabytes."""
 
+import hashlib
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -22,7 +24,7 @@ esac
 """
 # It fails while there is a file named "broken". A file named "meanwhile" is a script that it runs once.
 UV = """#!/bin/sh
-echo "uv installs"
+echo "uv installs from ${UV_DEFAULT_INDEX:-the usual index}"
 test ! -e meanwhile || { mv meanwhile .venv && . .venv/meanwhile; }
 test ! -e broken
 """
@@ -147,6 +149,34 @@ def test_a_killed_set_up_stops_no_later_one(folder: Path) -> None:
     assert make(folder, "setup").returncode == -signal.SIGKILL
     assert (folder / ".venv/bin/python").exists()
     assert make(folder, "setup").returncode == 0
+
+
+def test_the_set_up_obeys_pips_settings_but_for_the_place_and_tells_uv_the_index(folder: Path, tmp_path: Path) -> None:
+    """With a real pip, and a registry that has nothing but a package named uv."""
+    index = tmp_path / "index/uv"
+    index.mkdir(parents=True)
+    wheel = index / "uv-1-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as file:
+        file.write(tmp_path / "uv", "uv-1.data/scripts/uv")
+        file.writestr("uv-1.dist-info/METADATA", "Metadata-Version: 2.1\nName: uv\nVersion: 1\n")
+        file.writestr("uv-1.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        file.writestr("uv-1.dist-info/RECORD", "")
+    (index / "index.html").write_text(f"<a href={wheel.name}>{wheel.name}</a>")
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    (folder / "requirements.txt").write_text(f"uv==1 --hash=sha256:{digest}\n    # via nothing\n")
+    elsewhere = tmp_path / "elsewhere"
+    uri = index.parent.as_uri()
+    (tmp_path / "pip.conf").write_text(
+        f"[global]\nindex-url = {uri}\nuser = true\ntarget = {elsewhere}\nprefix = {elsewhere}\n"
+    )
+    settings = {"PIP_CONFIG_FILE": str(tmp_path / "pip.conf"), "PIP_USER": "1", "PIP_TARGET": str(elsewhere)}
+    done = run(folder, "make", "setup", f"PYTHON={sys.executable}", **settings)
+    assert done.returncode == 0, done.stderr
+    assert f"uv installs from {uri}\n" in done.stdout
+    assert not elsewhere.exists()
+    os.utime(folder / ".venv/installed", (0, 0))
+    again = run(folder, "make", "setup", UV_DEFAULT_INDEX="https://mine", **settings)
+    assert "uv installs from https://mine\n" in again.stdout
 
 
 def test_the_users_git_settings_do_not_reach_the_repositories_of_tests(tmp_path: Path) -> None:
