@@ -8,7 +8,6 @@ BIN := .venv/bin
 # uv reads none of pip's settings, so it gets the index that pip uses. With `user = true`, pip would list some only.
 UV = UV_DEFAULT_INDEX="$${UV_DEFAULT_INDEX:-$$(PIP_USER=0 $(BIN)/python -m pip config list | \
     sed -n 's/^[a-z:]*\.index-url=.\(.*\).$$/\1/p' | head -n 1)}" $(BIN)/uv
-export MLFLOW_DISABLE_TELEMETRY := true
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
@@ -98,14 +97,17 @@ venv:
 	    "Then Python compiles it all in silence, for about a minute."
 	@$(PYTHON) -m venv .venv
 
-# uv comes from the same hashed file as all the rest, and goes into .venv whatever pip's settings say. The activation script
-# gets the one setting that the mlflow command takes from nowhere else. The last step writes the stamp: without it, the next
-# `make` begins again.
+# uv comes from the same hashed file as all the rest, and goes into .venv whatever pip's settings say. The .pth file is
+# for those who start .venv/bin/python or .venv/bin/dvc without activation, such as cron, an IDE or a notebook: Python in
+# .venv finds this folder from anywhere, has its own bin first on PATH, where DVC looks for `python -m stages.NAME`, and
+# turns MLflow's telemetry off. The last step writes the stamp: without it, the next `make` begins again.
 packages:
 	@rm -f .venv/installed
 	@sed -n '/^uv==/,/^ *# via/p' requirements.txt > .venv/uv.txt
 	@PIP_USER=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check --target= --prefix="$$(pwd -P)/.venv" \
 	    --no-deps --require-hashes --requirement .venv/uv.txt
 	@$(UV) pip sync --require-hashes --compile-bytecode --python $(BIN)/python requirements.txt
-	@grep -q MLFLOW_DISABLE_TELEMETRY $(BIN)/activate || echo 'export MLFLOW_DISABLE_TELEMETRY=true' >> $(BIN)/activate
+	@printf '%s\n%s %s\n' ../../../.. 'import os, sys; b = sys.prefix + "/bin:"; os.environ.update(PATH=b +' \
+	    'os.environ.get("PATH", os.defpath).removeprefix(b), MLFLOW_DISABLE_TELEMETRY="true")' \
+	    > "$$(echo .venv/lib/*/site-packages)/mnist_mlp.pth"
 	@pwd -P > .venv/installed

@@ -151,6 +151,21 @@ def test_a_killed_set_up_stops_no_later_one(folder: Path) -> None:
     assert make(folder, "setup").returncode == 0
 
 
+def test_what_starts_from_the_venv_without_activation_finds_the_project_and_its_python(
+    folder: Path, tmp_path: Path
+) -> None:
+    """As with cron, an IDE or a notebook. `python -m` still prefers the working folder, as DVC's experiments need."""
+    assert make(folder, "setup").returncode == 0
+    python = folder / ".venv/bin/python"
+    (folder / "here.py").write_text("print('of the project')\n")
+    (tmp_path / "here.py").write_text("print('of the working folder')\n")
+    script = "import here, os; print(os.environ['PATH'], os.environ['MLFLOW_DISABLE_TELEMETRY'])"
+    for path in ("/usr/bin", f"{python.parent}:/usr/bin"):
+        done = run(tmp_path, str(python), "-c", script, PATH=path, PYTHONSAFEPATH="1")
+        assert done.stdout == f"of the project\n{python.parent}:/usr/bin true\n"
+    assert run(tmp_path, str(python), "-m", "here").stdout == "of the working folder\n"
+
+
 def test_the_set_up_obeys_pips_settings_but_for_the_place_and_tells_uv_the_index(folder: Path, tmp_path: Path) -> None:
     """With a real pip, and a registry that has nothing but a package named uv."""
     index = tmp_path / "index/uv"
