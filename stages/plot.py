@@ -1,6 +1,5 @@
 """Draw the tutorial's four plots, ours beside the published ones, the confusion matrix and the worst mistakes."""
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -9,6 +8,7 @@ from numpy.typing import NDArray
 from mnist_mlp import FIGURES, HISTORY, PLOTS, PREDICTIONS, data, figures, params, published_history, run_command
 
 
+@figures.styled
 def main() -> None:
     """Draw six plots."""
     config = params.load()
@@ -28,7 +28,8 @@ def main() -> None:
 
 def curves(name: str, ours: NDArray[np.void], published: list[dict[str, float]]) -> Figure:
     """Draw one figure of the history over the epochs, titled as in the tutorial: 'train loss' for ``train_loss``."""
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
     if published:
         epochs, values = ([row[column] for row in published] for column in ("epoch", name))
         axes.plot(epochs, values, "o-", color="tab:gray", markersize=4, label="published")
@@ -52,7 +53,8 @@ def confusion_matrix(actual: NDArray[np.int_], predicted: NDArray[np.int_]) -> F
     classes = data.CLASSES
     counts = np.bincount(actual * classes + predicted, minlength=classes**2).reshape(classes, classes)
     mistakes = counts * ~np.eye(classes, dtype=bool)
-    figure, axes = plt.subplots(figsize=(6, 6), layout="constrained")
+    figure = Figure(figsize=(6, 6), layout="constrained")
+    axes = figure.subplots()
     axes.imshow(mistakes, cmap="Reds", vmax=max(1, 1.5 * mistakes.max()))
     for row, column in np.ndindex(classes, classes):
         if counts[row, column]:
@@ -77,9 +79,8 @@ def wrong_digits(images: NDArray[np.uint8], predictions: NDArray[np.void], count
     worst = wrong[np.argsort(-predictions["probability"][wrong], kind="stable")][:count]
     columns = min(count, 5 if count <= 25 else 10)
     rows = -(-count // columns)
-    figure, grid = plt.subplots(
-        rows, columns, squeeze=False, figsize=(1.3 * columns, 1.65 * rows + 0.5), layout="constrained"
-    )
+    figure = Figure(figsize=(1.3 * columns, 1.65 * rows + 0.5), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
     figure.suptitle("most confidently wrong")
     for axes in grid.flat:
         axes.axis("off")

@@ -8,7 +8,7 @@ import math
 import re
 from typing import Any
 
-import matplotlib.pyplot as plt
+import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -25,6 +25,7 @@ BESIDE = (-0.25, 0.25, -0.45, 0.45)  # where arrows stand beside a row of dots, 
 BANDS = {0.9: 0.2, 0.5: 0.4}  # the share of the runs that a band holds, and its opacity
 
 
+@figures.styled
 def main() -> None:
     """Write summary and plots, and track all."""
     config = params.load()
@@ -152,7 +153,8 @@ def _number(value: float) -> float | None:
 def curves(history: pd.DataFrame, published: pd.DataFrame, name: str, settings: list[str]) -> Figure:
     """Draw one figure over the epochs: for each setting the median and two bands, and the tutorial's curve on top."""
     many = len(settings) > 1
-    figure, axes = plt.subplots(figsize=(6, 4 + 0.25 * len(settings) * many), layout="constrained")
+    figure = Figure(figsize=(6, 4 + 0.25 * len(settings) * many), layout="constrained")
+    axes = figure.subplots()
     for colour, setting in zip(_colours(len(settings)), settings, strict=True):
         epochs = history[history[SETTING] == setting].groupby("epoch")[name]
         for share, opacity in BANDS.items():
@@ -190,7 +192,8 @@ def dots(runs: pd.DataFrame, published: pd.DataFrame, target: float) -> Figure:
     low -= 0.06 * (high - low or 0.01)
     width = (high - low) / 60
 
-    figure, axes = plt.subplots(figsize=(6, 1.6 + 1.2 * len(settings)), layout="constrained")
+    figure = Figure(figsize=(6, 1.6 + 1.2 * len(settings)), layout="constrained")
+    axes = figure.subplots()
     for row, (colour, setting) in enumerate(zip(_colours(len(settings)), settings, strict=True)):
         of_setting = accuracies[runs[SETTING] == setting].sort_values()
         columns, counts = np.unique(np.round(of_setting[of_setting >= low] / width), return_counts=True)
@@ -218,7 +221,7 @@ def dots(runs: pd.DataFrame, published: pd.DataFrame, target: float) -> Figure:
 
 
 def _colours(count: int) -> list[Any]:
-    return [plt.get_cmap("tab10" if count <= 10 else "viridis")(i if count <= 10 else i / count) for i in range(count)]
+    return [mpl.colormaps["tab10" if count <= 10 else "viridis"](i if count <= 10 else i / count) for i in range(count)]
 
 
 if __name__ == "__main__":

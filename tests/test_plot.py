@@ -29,6 +29,24 @@ def test_each_plot_is_drawn_from_our_history_and_the_published_one(finished: Pat
         (folder / path).write_text(good)
 
 
+def test_the_backend_of_a_notebook_and_a_users_style_do_not_change_the_plots(finished: Path, tmp_path: Path) -> None:
+    folder = project.copy(finished, tmp_path / "repository", store=False)
+    (tmp_path / "matplotlibrc").write_text("font.size: 30\n")
+    settings = {"MPLBACKEND": "module://not_installed", "MATPLOTLIBRC": str(tmp_path)}
+    project.run(folder, sys.executable, "-m", "stages.plot", env=project.environment(**settings))
+    assert project.contents(folder) == project.contents(finished)
+
+
+def test_a_notebook_that_imports_a_stage_keeps_its_own_backend_and_style(tmp_path: Path) -> None:
+    script = """if True:
+        import matplotlib, os
+        before = matplotlib.rcParams.copy()
+        from stages import plot
+        print(os.environ["MPLBACKEND"], matplotlib.rcParams == before)"""
+    environment = project.environment(MPLBACKEND="svg", PYTHONPATH=str(project.REPOSITORY))
+    assert project.run(tmp_path, sys.executable, "-c", script, env=environment).stdout == "svg True\n"
+
+
 def test_the_published_curve_is_the_published_history() -> None:
     ours = np.array([(0, 0.9), (1, 0.95)], [("epoch", float), ("test_acc", float)])
     published = [{"epoch": 0.0, "test_acc": 0.8}, {"epoch": 1.0, "test_acc": 0.85}]
