@@ -128,6 +128,17 @@ def test_an_edit_runs_only_what_it_touches(repository: Path, edit: dict[str, obj
     assert [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")] == due
 
 
+def test_dvc_freeze_and_unfreeze_leave_the_pipelines_files_as_they_were(repository: Path) -> None:
+    """They are in DVC's own layout, so that `git diff` shows only what somebody meant to change."""
+    files = [repository / path for path in ("dvc.yaml", "study/dvc.yaml")]
+    before = [file.read_text() for file in files]
+    stages = [f"{file}:{name}" for file in files for name in yaml.safe_load(file.read_text())["stages"]]
+    project.run(repository, "dvc", "freeze", *stages)
+    assert all("frozen: true" in file.read_text() for file in files)
+    project.run(repository, "dvc", "unfreeze", *stages)
+    assert [file.read_text() for file in files] == before
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [

@@ -383,7 +383,7 @@ def test_data_of_ones_own_under_dvc_are_no_unknown_code(repository: Path) -> Non
     project.run(repository, "dvc", "add", "data/own.csv")
     pipeline = repository / "dvc.yaml"
     depends = "cmd: python -m stages.plot\n    deps:\n"
-    pipeline.write_text(pipeline.read_text().replace(depends, f"{depends}      - data/own.csv\n"))
+    pipeline.write_text(pipeline.read_text().replace(depends, f"{depends}    - data/own.csv\n"))
     project.commit(repository)
     project.run(repository, "dvc", "repro")
     project.run(repository, *TRACK)
