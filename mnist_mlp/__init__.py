@@ -73,8 +73,8 @@ def run_command(main: Callable[[], object]) -> None:
 
 def _go_home() -> None:
     """Work in the folder of this code, unless the user is in one that has code of its own, such as another clone."""
-    package = Path(__file__).parent.name
-    own = next((folder for folder in (CALLER, *CALLER.parents) if (folder / package).is_dir()), HERE)
+    code = Path(__file__).resolve().relative_to(HERE)
+    own = next((folder for folder in (CALLER, *CALLER.parents) if (folder / code).exists()), HERE)
     if own != HERE:
         raise UserError(f"this is the code of {HERE}, and {own} has its own; unset PYTHONSAFEPATH and PYTHONPATH")
     os.chdir(HERE)

@@ -79,6 +79,20 @@ def test_a_python_without_the_packages_is_told_what_to_do_and_the_results_come_b
     assert project.contents(repository) == project.contents(finished)
 
 
+def test_dvc_keeps_no_experiment_in_a_shallow_clone_which_is_said(repository: Path, tmp_path: Path) -> None:
+    clone = tmp_path / "shallow"
+    project.run(tmp_path, "git", "clone", "--quiet", "--depth", "1", f"file://{repository}", str(clone))
+    shutil.copytree(repository / data.RAW, clone / data.RAW)
+    experiment = ("dvc", "exp", "run", "--temp", "--name", "tried", "-S", "plot.dpi=80")
+    line = "DVC keeps no experiment in a shallow clone, so only MLflow has it; type `git fetch --unshallow`"
+    assert line in project.run(clone, *experiment).stdout
+    assert [run.info.run_name for run in project.runs(clone)] == ["tried"]
+    assert "tried" not in project.run(clone, "dvc", "exp", "list").stdout
+    project.run(clone, *line.split("`")[1].split())
+    assert line not in project.run(clone, *experiment).stdout
+    assert "tried" in project.run(clone, "dvc", "exp", "list").stdout
+
+
 def test_published_figures_may_be_missing_or_empty(repository: Path) -> None:
     published = repository / "data/published_history.csv"
     header, *_ = published.read_text().splitlines()
