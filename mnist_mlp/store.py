@@ -31,7 +31,7 @@ from sqlalchemy.exc import NoSuchModuleError, SQLAlchemyError
 from mnist_mlp import ROOT, UserError, published_history
 
 EXPERIMENT = "mnist"
-STUDY = "mnist-study"  # an experiment of its own: its hundred runs would hide the pipeline's
+STUDY = f"{EXPERIMENT}-study"  # an experiment of its own: its hundred runs would hide the pipeline's
 PUBLISHED_RUN = "published"
 SQLITE = "sqlite:///"
 # MLflow's remarks on tables that it creates, files that it does not find, and databases that refuse, with a hundred
