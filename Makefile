@@ -97,8 +97,8 @@ venv:
 	    "Then Python compiles it all in silence, for about a minute."
 	@$(PYTHON) -m venv .venv
 
-# uv comes from the same hashed file as all the rest, and goes into .venv whatever pip's settings say. The .pth file is
-# for those who start .venv/bin/python or .venv/bin/dvc without activation, such as cron, an IDE or a notebook: Python in
+# uv comes from the same hashed file as the rest, and goes into .venv whatever pip's settings say. The .pth file is for
+# those who start .venv/bin/python or .venv/bin/dvc without activation, such as cron, an IDE or a notebook: Python in
 # .venv finds this folder from anywhere, has its own bin first on PATH, where DVC looks for `python -m stages.NAME`, and
 # turns MLflow's telemetry off. The last step writes the stamp: without it, the next `make` begins again.
 packages:
