@@ -10,6 +10,7 @@ import io
 import re
 import shutil
 import subprocess
+import sys
 import tarfile
 import tempfile
 import time
@@ -44,14 +45,19 @@ def main() -> None:
 
 
 def _tidy() -> None:
-    """Remove what a killed download left, and accept no other file: DVC would take it for a part of the data set."""
+    """Remove what a killed download left, and accept no other file that DVC would take for a part of the data set."""
     RAW.mkdir(parents=True, exist_ok=True)
     for part in RAW.glob("*.part"):
         part.unlink(missing_ok=True)
-    strays = sorted(path.name for path in RAW.iterdir() if path.name not in SHA256 and path.suffix != ".part")
+    strays = sorted(path for path in RAW.iterdir() if path.name not in SHA256 and path.suffix != ".part")
+    if strays:
+        command = [sys.executable, "-m", "dvc", "check-ignore", *map(str, strays)]
+        ignored = subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
+        strays = [path for path in strays if str(path) not in ignored]
     if strays:
         more = f" and {len(strays) - 3} more" if len(strays) > 3 else ""
-        raise UserError(f"not a file of {NAME}: {', '.join(map(repr, strays[:3]))}{more} in {RAW}; move it away")
+        names = ", ".join(repr(path.name) for path in strays[:3])
+        raise UserError(f"not a file of {NAME}: {names}{more} in {RAW}; move it away")
 
 
 def fetch(name: str, mirrors: list[str], timeout: float, scratch: Path) -> bytes:

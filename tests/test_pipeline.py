@@ -128,6 +128,18 @@ def test_an_edit_runs_only_what_it_touches(repository: Path, edit: dict[str, obj
     assert [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")] == due
 
 
+def test_files_of_editors_and_systems_make_no_stage_due_and_are_no_mistake(repository: Path) -> None:
+    for folder in ("mnist_mlp", data.RAW):
+        for name in (".DS_Store", "Thumbs.db", "data.py~", ".data.py.swp", "data.py.orig", "data.py.rej"):
+            (repository / folder / name).touch()
+        for name in (".ipynb_checkpoints", ".idea", ".vscode"):
+            (repository / folder / name).mkdir()
+            (repository / folder / name / "file").touch()
+    assert project.run(repository, "dvc", "status", "dvc.yaml").stdout == "Data and pipelines are up to date.\n"
+    assert project.run(repository, "git", "status", "--porcelain").stdout == ""
+    project.run(repository, *ONE_STAGE, "download")
+
+
 def test_dvc_freeze_and_unfreeze_leave_the_pipelines_files_as_they_were(repository: Path) -> None:
     """They are in DVC's own layout, so that `git diff` shows only what somebody meant to change."""
     files = [repository / path for path in ("dvc.yaml", "study/dvc.yaml")]
