@@ -11,7 +11,7 @@ UV = UV_DEFAULT_INDEX="$${UV_DEFAULT_INDEX:-$$(PIP_USER=0 $(BIN)/python -m pip c
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro study study-check test verify serve track bench lock clone venv packages
+.PHONY: help setup repro study study-check test test-full verify serve track bench lock clone venv packages
 .NOTPARALLEL:
 
 help:  ## list these commands
@@ -33,11 +33,14 @@ study: clone setup  ## train the recipe with many seeds, and describe what comes
 study-check: clone setup  ## train RUNS (2) of the study's runs again, drawn at random, and compare
 	@$(BIN)/python -m mnist_mlp.study_check --runs '$(RUNS)'
 
-test: clone setup  ## lint, check the types and run the tests
+test: clone setup  ## lint, check the types and run the quick tests; WITHOUT=recipe leaves out those of our recipe
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -m 'not full $(addprefix and not ,$(WITHOUT))'
+
+test-full: clone setup  ## run the other tests, the long ones; WITHOUT=recipe likewise
+	@$(BIN)/python -m pytest -m 'full $(addprefix and not ,$(WITHOUT))' || test $$? = 5  # nothing is left to run
 
 verify: clone setup  ## run again what made MODEL (the champion, or models:/NAME/VERSION, a run id, a Git revision), and compare
 	@$(BIN)/python -m mnist_mlp.verify $(if $(MODEL),'$(MODEL)')

@@ -194,6 +194,15 @@ def test_the_set_up_obeys_pips_settings_but_for_the_place_and_tells_uv_the_index
     assert "uv installs from https://mine\n" in again.stdout
 
 
+@pytest.mark.parametrize(("of_pytest", "of_make"), [(0, 0), (5, 0), (1, 2)])  # 5: no test is selected
+def test_the_long_tests_may_be_none_but_must_not_fail(folder: Path, of_pytest: int, of_make: int) -> None:
+    run(folder, "git", "init")
+    run(folder, "git", "commit", "--allow-empty", "-m", "first")
+    (folder / "pytest.py").write_text(f"import sys; print(sys.argv[1:]); sys.exit({of_pytest})\n")
+    done = run(folder, "make", "test-full", "PYTHON=../python", "WITHOUT=recipe")
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (of_make, "['-m', 'full and not recipe']")
+
+
 def test_the_users_git_settings_do_not_reach_the_repositories_of_tests(tmp_path: Path) -> None:
     """Nor do the variables of a Git hook that runs the tests."""
     settings = tmp_path / "gitconfig"

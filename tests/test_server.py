@@ -66,6 +66,7 @@ def runs(port: int) -> list[Run]:
     return project.runs_at(f"http://127.0.0.1:{port}")
 
 
+@pytest.mark.full
 def test_the_pipeline_works_unchanged_and_its_results_outlive_the_server(
     finished: Path, repository: Path, postgres: str, tmp_path: Path
 ) -> None:

@@ -270,6 +270,7 @@ def dask_cluster(tmp_path: Path) -> Iterator[Cluster]:
     cluster.stop()
 
 
+@pytest.mark.full
 def test_a_cluster_gives_the_same_bytes_though_a_worker_dies_and_others_are_not_fit(
     studied: Path, repository: Path, dask_cluster: Cluster, tmp_path: Path
 ) -> None:
