@@ -59,6 +59,7 @@ def run_command(main: Callable[[], object]) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     name = Path(sys.argv[0]).stem
     try:
+        _check_module()
         _go_home()
         main()
     except (UserError, OSError) as error:
@@ -69,6 +70,13 @@ def run_command(main: Callable[[], object]) -> None:
         sys.exit(f"{name}: too little memory; lower model.hidden or train.batch_size in params.yaml{_hint()}")
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _check_module() -> None:
+    """Refuse `python stages/train.py`, which has loaded PyTorch before this file could set anything."""
+    file = Path(sys.argv[0]).resolve()
+    if sys.modules["__main__"].__spec__ is None and file.suffix == ".py":
+        raise UserError(f"run it as `python -m {file.parent.name}.{file.stem}`, in the folder of dvc.yaml")
 
 
 def _go_home() -> None:

@@ -199,6 +199,13 @@ def test_too_little_memory_is_said_in_one_line_with_what_to_lower(repository: Pa
     assert (done.returncode, done.stderr) == (1, line)
 
 
+def test_a_stage_that_is_run_as_a_file_says_how_to_run_it(tmp_path: Path) -> None:
+    """Where .venv was made by `make setup`, which lets Python find the project from everywhere."""
+    command, environment = project.REPOSITORY / "stages/plot.py", {"PYTHONPATH": str(project.REPOSITORY)}
+    done = project.run(tmp_path, sys.executable, str(command), check=False, env=project.environment(**environment))
+    assert (done.returncode, done.stderr) == (2, "plot: run it as `python -m stages.plot`, in the folder of dvc.yaml\n")
+
+
 def test_each_stage_declares_every_file_of_the_project_that_it_imports() -> None:
     root = project.REPOSITORY
     pipelines = [yaml.safe_load((root / path).read_text()) for path in ("dvc.yaml", "study/dvc.yaml")]
