@@ -46,13 +46,8 @@ ADVICE = {
     "locked": "; another process holds it: try again when that has ended",
     "disk is full|no space": "; make room on the disk",
 }
-# Only where a server is, and how to log in there, is for the caller's environment to say. Notebooks, clouds and
-# `mlflow run` export more, such as MLFLOW_RUN_ID: the run of that id would be taken over.
-_KEPT = ("TRACKING_", "REGISTRY_URI", "WORKSPACE", "S3_", "MYSQL_SSL_", "HTTP_", "DISABLE_TELEMETRY",
-         "ALLOW_PICKLE_DESERIALIZATION", "ENABLE_ARTIFACTS_PROGRESS_BAR")  # fmt: skip
-for _name in [name for name in os.environ if name.startswith("MLFLOW_")]:
-    if not _name.removeprefix("MLFLOW_").startswith(_KEPT):
-        del os.environ[_name]
+KEPT = ("TRACKING_", "REGISTRY_URI", "WORKSPACE", "S3_", "MYSQL_SSL_", "HTTP_", "DISABLE_TELEMETRY",
+        "ALLOW_PICKLE_DESERIALIZATION", "ENABLE_ARTIFACTS_PROGRESS_BAR")  # fmt: skip
 CHOSEN = os.environ.get("MLFLOW_TRACKING_URI", "")  # by the user; MLflow itself sets the variable later
 
 
@@ -62,6 +57,11 @@ def uri() -> str:
     Raises:
         UserError: it is a server or a database that does not answer.
     """
+    # Only where a server is, and how to log in there, is for the caller's environment to say. Notebooks, clouds and
+    # `mlflow run` export more, such as MLFLOW_RUN_ID: the run of that id would be taken over.
+    for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
+        if not name.removeprefix("MLFLOW_").startswith(KEPT):
+            del os.environ[name]
     address = os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}mlflow.db"
     if address in ("sqlite://", f"{SQLITE}:memory:"):
         raise UserError(
