@@ -4,6 +4,7 @@ The data lie in memory as two tensors, so a batch is an indexing operation. With
 at least three times as long (``make bench``).
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -213,5 +214,5 @@ def _accuracy(scores: Tensor, labels: Tensor) -> float:
 def _checked(loss: Tensor) -> float:
     value = loss.item()
     if not value <= DIVERGED:  # `value > DIVERGED` would be false for NaN
-        raise FloatingPointError(f"the loss is {value:.3g}, and guessing gives 2.3")
+        raise FloatingPointError(f"the loss is {value:.3g}, and guessing gives {math.log(data.CLASSES):.2g}")
     return value
