@@ -13,19 +13,17 @@ from tests import project
 
 
 def main() -> None:
-    env = project.environment()
-    del env["OMP_WAIT_POLICY"]  # the tests' own
     with tempfile.TemporaryDirectory() as scratch:
         folder = project.make(Path(scratch), data.RAW.resolve(), small=False)
 
         start = time.perf_counter()
         for seed in (1, 2, 3, 4):
-            project.run(folder, "dvc", "exp", "run", "-S", f"train.seed={seed}", env=env)
+            project.run(folder, "dvc", "exp", "run", "-S", f"train.seed={seed}")
         in_turn = time.perf_counter() - start
 
-        project.run(folder, "dvc", "exp", "run", "--queue", "-S", "train.seed=5,6,7,8", env=env)
+        project.run(folder, "dvc", "exp", "run", "--queue", "-S", "train.seed=5,6,7,8")
         start = time.perf_counter()
-        project.run(folder, "dvc", "exp", "run", "--run-all", "--jobs", "4", env=env)
+        project.run(folder, "dvc", "exp", "run", "--run-all", "--jobs", "4")
         at_once = time.perf_counter() - start
         assert len(project.runs(folder)) == 8
 

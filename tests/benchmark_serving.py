@@ -63,7 +63,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         script = Path(scratch, "post.lua")
         for name, command in SERVERS.items():
-            with running(*command, env={"OMP_NUM_THREADS": "1"}) as server:  # see mnist_mlp/serve.py
+            with running(*command) as server:
                 for batch_size in (1, 256):
                     body = json.dumps(json.dumps({"inputs": images[:batch_size].tolist()}))  # quoted, as Lua does too
                     script.write_text(

@@ -1,7 +1,6 @@
 """What several test files start from: MNIST's real files, a mirror of them, and a repository whose pipeline has run."""
 
 import gzip
-import os
 import signal
 import subprocess
 import sys
@@ -15,8 +14,6 @@ from mnist_mlp.data import RAW, SHA256
 from tests import project
 
 ROOT = Path(__file__).parents[1]
-# Two of pytest's processes share the cores. By default, a thread that waits keeps its core busy.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # A shell starts what it runs in the background with Ctrl-C ignored, and all that is started from there inherits that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # The files that take longest, so that they start first. The second needs no repository while the first one makes it.

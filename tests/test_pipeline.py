@@ -103,7 +103,7 @@ def test_another_folder_time_and_number_of_threads_give_the_same_bytes(finished:
     clone = tmp_path / "a clone"
     project.run(tmp_path, "git", "clone", "--quiet", str(finished), str(clone))
     shutil.copytree(finished / "data/MNIST/raw", clone / "data/MNIST/raw", dirs_exist_ok=True)
-    project.run(clone, "dvc", "repro", env=project.environment(OMP_NUM_THREADS="1"))
+    project.run(clone, "dvc", "repro", env=project.environment(OMP_NUM_THREADS="4"))
     assert project.contents(clone) == project.contents(finished)
     assert project.run(clone, "git", "status", "--porcelain").stdout == ""
     (run,) = project.runs(clone)
