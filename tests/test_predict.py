@@ -1,8 +1,9 @@
 """Pictures of digits, as a phone takes them: what `predict` makes of them, and which pages it refuses."""
 
 import itertools
+from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -25,6 +26,14 @@ from tests.pictures import (
     with_noise,
     with_speck,
 )
+
+pytestmark = pytest.mark.recipe
+QUICK = ("noise", "shadow", "frame of 1 pixel", "dark desk at one side", "two digits side by side")
+
+
+def kinds(generators: Iterable[str]) -> list[Any]:
+    """Parameters of a test: the kinds that are not in ``QUICK`` are for `make test-full`."""
+    return [pytest.param(kind, marks=() if kind in QUICK else pytest.mark.full) for kind in generators]
 
 
 class Reading(NamedTuple):
@@ -72,21 +81,21 @@ def digits(mnist: Path) -> Digits:
     return Digits(mnist)
 
 
-@pytest.mark.parametrize("kind", READ)
+@pytest.mark.parametrize("kind", kinds(READ))
 def test_19_of_20_photographed_digits_are_read_and_few_refused(digits: Digits, kind: str) -> None:
     reading = digits.read([READ[kind](digit) for digit in digits.images[:200]])
     assert reading.right >= 190
     assert len(reading.refusals) <= 4
 
 
-@pytest.mark.parametrize("kind", REFUSED)
+@pytest.mark.parametrize("kind", kinds(REFUSED))
 def test_a_digit_that_is_not_alone_on_paper_is_right_or_refused(digits: Digits, kind: str) -> None:
     reading = digits.read([REFUSED[kind](*pair) for pair in itertools.pairwise(digits.pages)])
     assert reading.sure_and_wrong <= 2
     assert all(predict.CUT in refusal for refusal in reading.refusals)
 
 
-@pytest.mark.parametrize("sigma", [0, 2, 10, 20, 40, 80])
+@pytest.mark.parametrize("sigma", [10, *(pytest.param(sigma, marks=pytest.mark.full) for sigma in (0, 2, 20, 40, 80))])
 @pytest.mark.parametrize(
     "page",
     [
