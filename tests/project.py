@@ -10,6 +10,9 @@ from pathlib import Path
 import mlflow
 import yaml
 from mlflow.entities import Run
+from PIL import Image
+
+from mnist_mlp import params, store
 
 REPOSITORY = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -18,7 +21,9 @@ for variable in [name for name in os.environ if name.startswith("GIT_")]:
     del os.environ[variable]
 os.environ |= {"GIT_CONFIG_GLOBAL": str(REPOSITORY / "tests/gitconfig"), "GIT_CONFIG_SYSTEM": os.devnull}
 SMALL = {"model.hidden": [32], "train.epochs": 2, "train.batch_size": 250, "evaluate.target_accuracy": 0.5}
+DIVERGING = 1e6  # a learning rate at which any net and optimiser does
 NEVER = 1800  # seconds. Only a process that hangs takes so long, on a busy machine too
+LR = params.load().train.lr
 TRIED: dict[str, object] = {"train.lr": 0.05}  # another value, whose results are in the cache of the fixture `tried`
 RESULTS = ("dvc.lock", "results/model.safetensors", "results/history.csv", "results/metrics.json",
            "results/predictions.csv", "results/plots/test_acc.png", "results/plots/wrong_digits.png")  # fmt: skip
@@ -80,9 +85,17 @@ def edit(folder: Path, values: dict[str, object]) -> None:
     path.write_text(yaml.safe_dump(content, sort_keys=False))
 
 
+def draw_picture(path: Path) -> None:
+    """Draw a stroke on white paper, which is some digit to any net."""
+    picture = Image.new("L", (300, 300), "white")
+    picture.paste("black", (130, 60, 165, 240))
+    picture.save(path)
+
+
 def environment(**more: str) -> dict[str, str]:
     """Leave out what a test run of its own, or its caller, may have set."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("DVC_", "MLFLOW_", "ONEDNN_", "ATEN_"))}
+    others = ("DVC_", "MLFLOW_", "ONEDNN_", "ATEN_", "MAKE", "MFLAGS")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(others)}
     return kept | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"} | more
 
 
@@ -104,7 +117,7 @@ def runs(folder: Path) -> list[Run]:
 def runs_at(uri: str) -> list[Run]:
     mlflow.set_tracking_uri(uri)
     ours = "attributes.run_name != 'published'"
-    found: list[Run] = mlflow.search_runs(experiment_names=["mnist"], filter_string=ours, output_format="list")
+    found: list[Run] = mlflow.search_runs(experiment_names=[store.EXPERIMENT], filter_string=ours, output_format="list")
     return found
 
 

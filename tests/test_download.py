@@ -20,7 +20,7 @@ from typing import NamedTuple
 import pytest
 import yaml
 
-from mnist_mlp import params
+from mnist_mlp import data, params
 from mnist_mlp.data import RAW, SHA256
 from tests import project, stopping
 
@@ -60,10 +60,10 @@ MISBEHAVIOURS: dict[str, tuple[Callable[[bytes], Iterable[bytes]], str]] = {
     "login-page": (lambda _: whole(b"<!DOCTYPE html><p>Please log in"), "not a gzip file"),
     "empty": (lambda _: whole(b""), "not a gzip file"),
     "other-file": (lambda _: whole(gzip.compress(b"other")), "SHA-256"),
-    "damaged": (lambda packed: whole(packed[:1000] + b"?" + packed[1001:]), ""),
-    "cut": (lambda packed: whole(packed[:1000], missing=1), "cut short: 1,000 of 1,001 bytes"),
+    "damaged": (lambda packed: whole(packed[:100] + b"?" + packed[101:]), ""),
+    "cut": (lambda packed: whole(packed[:100], missing=1), "cut short: 100 of 101 bytes"),
     "cut-chunked": (lambda _: [b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nFF\r\n\x1f\x8b"], "Incomplete"),
-    "cut-gzip": (lambda packed: whole(packed[:1000]), "ended before"),
+    "cut-gzip": (lambda packed: whole(packed[:100]), "ended before"),
     "endless": (lambda _: itertools.chain([OK, b"\r\n"], itertools.repeat(bytes(1 << 20))), "too long"),
 }
 ENDLESS_WAITS: dict[str, Callable[[], Iterable[bytes]]] = {
@@ -230,6 +230,7 @@ def test_https_works_and_an_untrusted_certificate_is_reported(
         assert_next_is_tried(tmp_path, good, "certificate verify failed", f"file://{mirror}")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", MISBEHAVIOURS)
 @pytest.mark.usefixtures("raw")
 def test_a_bad_answer_is_reported_in_one_line_and_the_next_mirror_is_tried(
@@ -287,11 +288,11 @@ def test_a_damaged_file_is_fetched_again_and_replaced_by_a_rename(
     assert (tmp_path / "as opened before").read_bytes() == damaged
 
 
-def test_a_file_that_is_not_mnists_is_refused_in_one_line_and_stays(raw: Path, tmp_path: Path, mirror: Path) -> None:
+def test_a_file_of_other_data_is_refused_in_one_line_and_stays(raw: Path, tmp_path: Path, mirror: Path) -> None:
     (raw / "holiday.jpg").write_text("stray")
     status, out, err = download(tmp_path, [f"file://{mirror}"])
     assert (status, out) == (1, [])
-    assert err == [f"download: not a file of MNIST: 'holiday.jpg' in {RAW}; move it away"]
+    assert err == [f"download: not a file of {data.NAME}: 'holiday.jpg' in {RAW}; move it away"]
     assert (raw / "holiday.jpg").read_text() == "stray"
 
 

@@ -33,6 +33,7 @@ def load(tmp_path: Path, content: str | bytes) -> params.Params:
     return params.load(path)
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize(
     ("override", "removed", "added"),
     [

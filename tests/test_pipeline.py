@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import yaml
 
-from mnist_mlp import FIGURES, UserError, data, net, store, write
+from mnist_mlp import FIGURES, UserError, data, net, params, published_history, store, write
 from tests import project, stopping
 
 ONE_STAGE = ("dvc", "repro", "--force", "--single-item")
@@ -28,7 +28,7 @@ def repository(finished: Path, tmp_path: Path) -> Path:
 
 def test_one_pipeline_run_is_one_mlflow_run_with_all_that_leads_back_to_its_origin(finished: Path) -> None:
     (run,) = project.runs(finished)
-    assert sorted(run.data.metrics) == ["accuracy", "system/epoch_seconds", *sorted(FIGURES)]
+    assert run.data.metrics.keys() >= {"accuracy", "system/epoch_seconds", *FIGURES}
     lock = yaml.safe_load((finished / "dvc.lock").read_text())["stages"]
     history = np.genfromtxt(finished / "results/history.csv", delimiter=",", names=True)
     metrics = json.loads((finished / "results/metrics.json").read_text())
@@ -41,23 +41,20 @@ def test_one_pipeline_run_is_one_mlflow_run_with_all_that_leads_back_to_its_orig
     assert run.data.tags["git.patch.md5"] == "none"
     assert run.info.run_name == f"main-{run.data.tags['git.commit'][:7]}"
     assert {"python", "torch", "cpu"} <= run.data.tags.keys()
-    assert run.data.params["model.hidden"] == "[32]"
-    assert run.data.params["train.lr"] == "0.1"
+    assert run.data.params["model.hidden"] == str(project.SMALL["model.hidden"])
+    assert run.data.params["train.lr"] == str(project.LR)
     assert run.inputs is not None
     (dataset,) = run.inputs.dataset_inputs
     assert dataset.dataset.digest == run.data.tags["data.digest"] == data.DIGEST
     for name in ("train_loss", "train_acc", "test_loss", "test_acc"):
         logged = {metric.step: metric.value for metric in client.get_metric_history(run.info.run_id, name)}
         assert logged == dict(enumerate(history[name]))
-    assert run.data.metrics["accuracy"] == metrics["accuracy"] > 0.9
-    assert (
-        client.load_table(run.info.experiment_id, "per_digit.json", [run.info.run_id])["recall"][7]
-        == metrics["recall"][7]
-    )
+    assert run.data.metrics["accuracy"] == metrics["accuracy"] > 0.5
+    assert client.load_table(run.info.experiment_id, "per_digit.json", [run.info.run_id])["recall"] == metrics["recall"]
     artifacts = {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
     assert artifacts == {"params.yaml", "dvc.lock", "metrics.json", "per_digit.json", "plots"}
     plots = [artifact.path for artifact in client.list_artifacts(run.info.run_id, "plots")]
-    assert len(plots) == 6
+    assert plots == sorted(f"plots/{path.name}" for path in (finished / "results/plots").glob("*.png"))
     for path in ("metrics.json", *plots):
         content = Path(client.download_artifacts(run.info.run_id, path)).read_bytes()
         assert content == (finished / "results" / path).read_bytes()
@@ -66,8 +63,17 @@ def test_one_pipeline_run_is_one_mlflow_run_with_all_that_leads_back_to_its_orig
     description = run.data.tags["mlflow.note.content"]
     assert f"**{metrics['accuracy']:.2%}**" in description
     assert "target of 50.00% is reached" in description
-    assert "published: 97.7453%" in description
+    assert all(f"published: {row['test_acc']:.4%}" in description for row in published_history()[-1:])
     assert f"make verify MODEL={run.info.run_id}" in description
+
+
+@pytest.mark.recipe
+def test_the_runs_page_shows_one_accuracy_and_the_curves_and_what_is_published(finished: Path) -> None:
+    (run,) = project.runs(finished)
+    assert sorted(run.data.metrics) == ["accuracy", "system/epoch_seconds", *sorted(FIGURES)]
+    assert run.data.metrics["accuracy"] > 0.9
+    assert len(list((finished / "results/plots").glob("*.png"))) == 6
+    assert "published: 97.7453%" in run.data.tags["mlflow.note.content"]
 
 
 def test_the_tracked_model_takes_raw_images_and_predicts_what_the_pipeline_did(finished: Path, mnist: Path) -> None:
@@ -77,7 +83,7 @@ def test_the_tracked_model_takes_raw_images_and_predicts_what_the_pipeline_did(f
     model = mlflow.pyfunc.load_model(uri)
     probabilities = model.predict(data.load("t10k", mnist)[0])
     predictions = np.genfromtxt(finished / "results/predictions.csv", delimiter=",", names=True)
-    assert probabilities.shape == (10_000, 10)
+    assert probabilities.shape == (data.SIZES["t10k"], data.CLASSES)
     assert np.array_equal(probabilities.argmax(1), predictions["predicted"])
     assert np.allclose(probabilities.max(1), predictions["probability"], atol=2e-6)
     files = list((finished / "mlruns").rglob("*"))
@@ -89,11 +95,12 @@ def test_metrics_hold_what_the_predictions_say(finished: Path) -> None:
     predictions = np.genfromtxt(finished / "results/predictions.csv", delimiter=",", names=True)
     metrics = json.loads((finished / "results/metrics.json").read_text())
     right = predictions["actual"] == predictions["predicted"]
-    assert metrics["accuracy"] == right.mean()
-    batches = [right[start : start + 128].mean() for start in range(0, 10_000, 128)]
+    assert metrics["accuracy"] == pytest.approx(right.mean(), abs=1e-6)
+    size = params.load(finished / "params.yaml").evaluate.batch_size
+    batches = [right[start : start + size].mean() for start in range(0, len(right), size)]
     assert metrics["batch_mean_accuracy"] == pytest.approx(np.mean(batches), abs=1e-6)
-    assert np.sum(metrics["confusion"]) == 10_000
-    for digit in range(10):
+    assert np.sum(metrics["confusion"]) == len(right) == data.SIZES["t10k"]
+    for digit in range(data.CLASSES):
         taken, given = predictions["predicted"] == digit, predictions["actual"] == digit
         assert metrics["precision"][digit] == pytest.approx((taken & given).sum() / taken.sum(), abs=1e-6)
         assert metrics["recall"][digit] == pytest.approx((taken & given).sum() / given.sum(), abs=1e-6)
@@ -107,7 +114,7 @@ def test_another_folder_time_and_number_of_threads_give_the_same_bytes(finished:
     assert project.contents(clone) == project.contents(finished)
     assert project.run(clone, "git", "status", "--porcelain").stdout == ""
     (run,) = project.runs(clone)
-    assert run.data.metrics["accuracy"] > 0.9  # dvc.lock says that `track` has run, but not in this clone
+    assert "accuracy" in run.data.metrics  # dvc.lock says that `track` has run, but not in this clone
 
 
 @pytest.mark.parametrize(
@@ -156,7 +163,7 @@ def test_dvc_freeze_and_unfreeze_leave_the_pipelines_files_as_they_were(reposito
     ("edit", "message"),
     [
         ({"train.lr": "fast"}, "params.yaml: train.lr is 'fast': input should be a valid number"),
-        ({"train.lr": 10.0}, "train: diverged in epoch 0: the loss is"),
+        ({"train.lr": project.DIVERGING}, "train: diverged in epoch 0: the loss is"),
     ],
 )
 def test_a_failing_stage_says_why_in_one_line_and_the_last_results_come_back(
@@ -178,7 +185,11 @@ def test_a_failing_stage_says_why_in_one_line_and_the_last_results_come_back(
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        ({"model.hidden": [100_000, 100_000]}, "params.yaml: model.hidden [100000, 100000] needs at least"),
+        pytest.param(
+            {"model.hidden": [100_000, 100_000]},
+            "params.yaml: model.hidden [100000, 100000] needs at least",
+            marks=pytest.mark.recipe,
+        ),
         ({"train.device": "cuda"}, "params.yaml: train.device is 'cuda', but PyTorch finds no usable GPU here"),
     ],
 )
@@ -238,11 +249,11 @@ def imports(module: str, found: frozenset[Path] = frozenset()) -> frozenset[Path
     ("output", "command"),
     [
         ("results/history.csv", [sys.executable, "-m", "stages.train"]),
-        ("results/metrics.json", [sys.executable, "-m", "stages.evaluate"]),
-        ("results/plots/test_acc.png", [*ONE_STAGE, "plot"]),
-        ("results/predictions.csv", [*ONE_STAGE, "evaluate"]),
+        pytest.param("results/metrics.json", [sys.executable, "-m", "stages.evaluate"], marks=pytest.mark.full),
+        pytest.param("results/plots/test_acc.png", [*ONE_STAGE, "plot"], marks=pytest.mark.full),
+        pytest.param("results/predictions.csv", [*ONE_STAGE, "evaluate"], marks=pytest.mark.full),
         ("results/model.safetensors", [*ONE_STAGE, "train"]),
-        (f"{data.RAW}/t10k-labels-idx1-ubyte", [*ONE_STAGE, "download"]),
+        pytest.param(f"{data.RAW}/t10k-labels-idx1-ubyte", [*ONE_STAGE, "download"], marks=pytest.mark.full),
     ],
 )
 def test_killed_in_the_middle_of_a_write_no_output_is_torn_and_the_next_run_gives_the_same_bytes(
@@ -337,7 +348,7 @@ def test_a_damaged_or_malicious_file_is_refused(repository: Path) -> None:
     model.write_bytes(whole)
     images = repository / "data/MNIST/raw/t10k-images-idx3-ubyte"
     with images.open("r+b") as file:
-        file.seek(5_000_000)
+        file.seek(images.stat().st_size // 2)
         file.write(b"damaged")
     done = project.run(repository, *stage, check=False)
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
@@ -359,7 +370,7 @@ def test_weights_that_are_cut_short_or_of_another_net_are_refused(finished: Path
     with pytest.raises(UserError, match="it is not a whole safetensors file"):
         net.load_weights(net.mlp([32]), weights[:-100], "it")
     with pytest.raises(UserError, match="it holds the weights of another net"):
-        net.load_weights(net.mlp([32, 32]), weights, "it")
+        net.load_weights(net.mlp([33]), weights, "it")
     net.load_weights(net.mlp([32]), weights, "it")
 
 

@@ -61,7 +61,7 @@ def champion(folder: Path) -> str:
 
 def alias(folder: Path) -> str:
     """Read which version is the champion, without loading it."""
-    return str(client(folder).get_model_version_by_alias("mnist-mlp", "champion").version)
+    return str(client(folder).get_model_version_by_alias(registry.NAME, registry.CHAMPION).version)
 
 
 def test_other_parameters_of_later_stages_are_another_run_of_the_same_model(repository: Path) -> None:
@@ -185,7 +185,7 @@ def test_a_git_that_fails_counts_as_unknown_until_it_works_again(repository: Pat
         new, *others = project.runs(repository)
         assert [run.info.run_id for run in others] == [unknown.info.run_id, training.info.run_id]
         assert lineage.UNKNOWN not in new.data.tags.values()
-        version = client(repository).get_model_version_by_alias("mnist-mlp", "champion")
+        version = client(repository).get_model_version_by_alias(registry.NAME, registry.CHAMPION)
         assert version.tags[registry.RUN] == new.info.run_id
 
 
@@ -215,15 +215,15 @@ def no_files(folder: Path) -> None:
 
 
 def no_alias(folder: Path) -> None:
-    client(folder).delete_registered_model_alias("mnist-mlp", "champion")
+    client(folder).delete_registered_model_alias(registry.NAME, registry.CHAMPION)
 
 
 def no_version(folder: Path) -> None:
-    client(folder).delete_model_version("mnist-mlp", "1")
+    client(folder).delete_model_version(registry.NAME, "1")
 
 
 def no_registry(folder: Path) -> None:
-    client(folder).delete_registered_model("mnist-mlp")
+    client(folder).delete_registered_model(registry.NAME)
 
 
 def cut_model(folder: Path) -> None:
@@ -260,7 +260,7 @@ def test_one_command_heals_whatever_is_missing_in_the_store(repository: Path) ->
         damage(repository)
         project.run(repository, *TRACK)
         assert_complete(repository, project.runs(repository)[0])
-        version = client(repository).get_model_version("mnist-mlp", alias(repository))
+        version = client(repository).get_model_version(registry.NAME, alias(repository))
         assert version.tags["model.md5"] == project.runs(repository)[0].data.tags["model.md5"], damage
         assert version.tags["run"] == project.runs(repository)[0].info.run_id, damage
     assert champion(repository) == alias(repository)  # it loads
@@ -279,9 +279,9 @@ def test_a_model_whose_storing_was_interrupted_is_stored_again(repository: Path)
     new, old = project.runs(repository)
     assert (old.info.status, new.info.status) == ("KILLED", "FINISHED")
     assert_complete(repository, new)
-    version = client(repository).get_model_version("mnist-mlp", alias(repository))
+    version = client(repository).get_model_version(registry.NAME, alias(repository))
     assert model_id(new) in str(version.source)
-    assert len(client(repository).search_model_versions("name = 'mnist-mlp'")) == 1
+    assert len(client(repository).search_model_versions(f"name = '{registry.NAME}'")) == 1
 
 
 def test_a_version_leads_to_a_complete_run_also_if_an_interrupted_one_has_stored_its_model(repository: Path) -> None:
@@ -293,7 +293,7 @@ def test_a_version_leads_to_a_complete_run_also_if_an_interrupted_one_has_stored
     second = project.runs(repository)[0]
     assert second.info.run_id != first.info.run_id
     assert model_id(second) == model_id(first)
-    assert client(repository).get_model_version("mnist-mlp", "1").tags["run"] == second.info.run_id
+    assert client(repository).get_model_version(registry.NAME, "1").tags["run"] == second.info.run_id
 
 
 def test_going_back_trains_nothing_again_and_stages_from_the_cache_are_a_run_too(
@@ -315,9 +315,9 @@ def test_going_back_trains_nothing_again_and_stages_from_the_cache_are_a_run_too
 def test_results_of_other_parameters_are_refused(repository: Path) -> None:
     project.edit(repository, {"train.lr": 0.05})
     done = project.run(repository, *TRACK, check=False)
-    line = "track: params.yaml: train.lr is 0.05, and the results were made with 0.1; run `dvc repro`\n"
+    line = f"track: params.yaml: train.lr is 0.05, and the results were made with {project.LR}; run `dvc repro`\n"
     assert (done.returncode, done.stderr) == (1, line)
-    project.edit(repository, {"train.lr": 0.1})
+    project.edit(repository, {"train.lr": project.LR})
     (repository / "results/history.csv").write_text("epoch\n")
     done = project.run(repository, *TRACK, check=False)
     assert done.stderr == "track: results/history.csv has changed since stage train last ran; run `dvc repro`\n"
@@ -335,7 +335,7 @@ def test_a_moved_folder_keeps_its_store_and_nothing_is_written_to_the_old_place(
     assert run.info.artifact_uri.startswith(f"file://{moved}/mlruns")
     assert_complete(moved, run)
     assert champion(moved) == "1"
-    assert client(moved).get_model_version_download_uri("mnist-mlp", "1").startswith(f"file://{moved}/mlruns")
+    assert client(moved).get_model_version_download_uri(registry.NAME, "1").startswith(f"file://{moved}/mlruns")
 
     no_files(moved)
     project.run(moved, *TRACK)  # logs a run and a model anew
@@ -408,7 +408,7 @@ def test_evaluate_register_false_leaves_the_registry_alone(repository: Path) -> 
     project.edit(repository, {"evaluate.register": False})
     assert "not registered: evaluate.register is false" in project.run(repository, "dvc", "repro").stdout
     assert client(repository).search_registered_models() == []
-    for command in (("predict", "any.png"), ("verify", "models:/mnist-mlp@champion")):
+    for command in (("predict", "any.png"), ("verify", f"models:/{registry.NAME}@{registry.CHAMPION}")):
         done = project.run(repository, sys.executable, "-m", f"mnist_mlp.{command[0]}", command[1], check=False)
         assert done.stderr.endswith(
             "; params.yaml: evaluate.register is false; set it to true, then run `make repro`\n"
@@ -441,8 +441,8 @@ def test_a_champion_set_by_hand_without_figures_gives_way_to_a_better_one(
     run = found.create_run(project.runs(repository)[0].info.experiment_id)
     found.log_text(run.info.run_id, "by hand", "model/MLmodel")
     tags = {"data.digest": data.DIGEST} | ({"accuracy": accuracy} if accuracy else {})
-    unknown = found.create_model_version("mnist-mlp", f"{run.info.artifact_uri}/model", run.info.run_id, tags)
-    found.set_registered_model_alias("mnist-mlp", "champion", unknown.version)
+    unknown = found.create_model_version(registry.NAME, f"{run.info.artifact_uri}/model", run.info.run_id, tags)
+    found.set_registered_model_alias(registry.NAME, registry.CHAMPION, unknown.version)
     project.run(repository, *TRACK)
     assert alias(repository) == "1"
 
@@ -457,13 +457,13 @@ def test_a_model_of_other_data_is_no_champion_and_is_neither_served_nor_proved(r
     project.run(repository, *TRACK)  # the copy is the store's place now
     other = better(repository, digest="0" * 32)
     client(repository).set_registered_model_alias(registry.NAME, registry.CHAMPION, other)
-    origin = "made from other data than MNIST as mnist_mlp/data.py describes it"
+    origin = f"made from other data than {data.NAME} as mnist_mlp/data.py describes it"
     for command in (("predict", "any.png"), ("serve", "--port", "5555")):
         done = project.run(repository, sys.executable, "-m", f"mnist_mlp.{command[0]}", *command[1:], check=False)
         reason = f"{registry.CHAMPION}, version {other}, was {origin}; `make track` makes it from the results\n"
         assert done.returncode == 1
         assert done.stderr.endswith(reason)
-    assert "mnist-mlp version 1, the champion" in project.run(repository, *TRACK).stdout
+    assert f"{registry.NAME} version 1, the champion" in project.run(repository, *TRACK).stdout
     assert alias(repository) == "1"
 
     (run,) = project.runs(repository)
@@ -482,7 +482,7 @@ def test_a_run_of_a_commit_that_is_gone_gives_way_to_one_that_can_be_run_again(r
     project.run(repository, *TRACK)
     new, _ = project.runs(repository)
     assert_complete(repository, new)
-    version = client(repository).get_model_version_by_alias("mnist-mlp", "champion")
+    version = client(repository).get_model_version_by_alias(registry.NAME, registry.CHAMPION)
     assert (str(version.version), version.tags[registry.RUN]) == ("1", new.info.run_id)
 
 
@@ -505,6 +505,7 @@ def test_of_two_that_register_at_once_the_better_becomes_champion(
     assert alias(repository) == others[0]
 
 
+@pytest.mark.recipe
 def test_the_published_history_is_a_run_and_no_candidate(repository: Path) -> None:
     found = client(repository)
     (ours,) = project.runs(repository)
@@ -515,12 +516,15 @@ def test_the_published_history_is_a_run_and_no_candidate(repository: Path) -> No
     assert [f"{point.step},{point.value:.6f}" for point in points] == [
         f"{row.split(',')[0]},{row.split(',')[4]}" for row in rows[1:]
     ]
-    assert [version.run_id for version in found.search_model_versions("name = 'mnist-mlp'")] == [ours.info.run_id]
+    assert [version.run_id for version in found.search_model_versions(f"name = '{registry.NAME}'")] == [
+        ours.info.run_id
+    ]
     found.delete_run(published.info.run_id)
     project.run(repository, *TRACK)
     assert found.search_runs(*query) == []
 
 
+@pytest.mark.recipe
 def test_the_published_run_is_completed_after_a_kill_and_kept_once(
     repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,6 +19,7 @@ from tests import project
 from tests.loopback import running
 
 ROOT = Path(__file__).parents[1]
+ROWS, COLUMNS = data.SHAPE
 # Whatever somebody wanted to download, they would have to ask for where nobody answers.
 OFFLINE = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
 
@@ -30,13 +31,12 @@ class Repository(NamedTuple):
 
 @pytest.fixture(scope="module")
 def repository(mnist: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Repository]:
-    """A folder with a champion that has seen a sixth of MNIST once."""
+    """A folder with a champion that has seen 10,000 images once, or all if there are fewer."""
     folder = tmp_path_factory.mktemp("repository")
     (folder / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
     project.put_code(folder)
     (folder / "data").mkdir()
     (folder / "data/MNIST").symlink_to(mnist.parent)
-    (folder / "data/published_history.csv").write_bytes((ROOT / "data/published_history.csv").read_bytes())
     (folder / "dvc.yaml").write_bytes((ROOT / "dvc.yaml").read_bytes())
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -50,11 +50,11 @@ def repository(mnist: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         torch.manual_seed(config.train.seed)
         model = net.mlp(config.model.hidden)
         optimizer = torch.optim.SGD(model.parameters(), config.train.lr)
-        training.train_epoch(model, optimizer, training.Dataset(inputs, labels.long()), torch.arange(10_000), 64)
+        training.train_epoch(model, optimizer, training.Dataset(inputs, labels.long()), torch.arange(len(labels)), 64)
         with tracking.new_run(config) as run:
             run.log_model(config, net.save_weights(model))
         crown(registry.CHAMPION)
-        yield Repository(folder, net.ImageClassifier(model, config.data.mean, config.data.std))
+        yield Repository(folder, net.ImageClassifier(model.eval(), config.data.mean, config.data.std))
 
 
 def crown(alias: str) -> None:
@@ -102,7 +102,7 @@ def test_images_become_the_models_probabilities(
 
 
 def with_pixel(value: object) -> str:
-    image: list[list[object]] = [[0] * 28 for _ in range(28)]
+    image: list[list[object]] = [[0] * COLUMNS for _ in range(ROWS)]
     image[3][4] = value
     return json.dumps({"inputs": [image]})
 
@@ -123,11 +123,13 @@ def of_shape(*shape: int) -> str:
         pytest.param(with_pixel(None), "inputs[0][3][4]: Input should be a valid integer", id="null"),
         pytest.param(with_pixel(float("nan")), "inputs[0][3][4]: Input should be a valid integer", id="NaN"),
         pytest.param(with_pixel([0]), "inputs[0][3][4]: Input should be a valid integer", id="ragged"),
-        pytest.param(of_shape(28, 28), "inputs[0][0]: Input should be a valid array", id="no batch"),
-        pytest.param(of_shape(1, 784), "inputs[0][0]: Input should be a valid array", id="flat"),
-        pytest.param(of_shape(1, 1, 28, 28), "inputs[0][0][0]: Input should be a valid integer", id="channels"),
-        pytest.param(of_shape(2, 28, 27), "inputs[0][0]: List should have at least 28 items", id="narrow"),
-        pytest.param(of_shape(2, 29, 28), "inputs[0]: List should have at most 28 items", id="high"),
+        pytest.param(of_shape(ROWS, COLUMNS), "inputs[0][0]: Input should be a valid array", id="no batch"),
+        pytest.param(of_shape(1, ROWS * COLUMNS), "inputs[0][0]: Input should be a valid array", id="flat"),
+        pytest.param(of_shape(1, 1, ROWS, COLUMNS), "inputs[0][0][0]: Input should be a valid integer", id="channels"),
+        pytest.param(
+            of_shape(2, ROWS, COLUMNS - 1), f"inputs[0][0]: List should have at least {COLUMNS} items", id="narrow"
+        ),
+        pytest.param(of_shape(2, ROWS + 1, COLUMNS), f"inputs[0]: List should have at most {ROWS} items", id="high"),
         pytest.param(of_shape(0), "inputs: List should have at least 1 item", id="empty batch"),
         pytest.param('{"inputs": "7"}', "inputs: Input should be a valid array", id="text"),
         pytest.param('{"input": []}', "inputs: Field required", id="no inputs"),
@@ -174,6 +176,7 @@ def test_a_client_that_hangs_up_leaves_the_server_as_it_was(
     assert_serves(url, repository, digits[:1])
 
 
+@pytest.mark.recipe
 def test_pictures_on_disk_are_read_whatever_they_look_like(
     repository: Repository, digits: NDArray[np.uint8], tmp_path: Path
 ) -> None:
@@ -231,7 +234,7 @@ def test_without_a_champion_it_says_what_to_do(missing: str, monkeypatch: pytest
 
 @pytest.mark.usefixtures("repository")
 def test_a_pickled_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    mlflow.pytorch.log_model(net.mlp([]), name="pickled", serialization_format="pickle", pip_requirements=[])
+    mlflow.pytorch.log_model(net.mlp([8]), name="pickled", serialization_format="pickle", pip_requirements=[])
     crown("pickled")
     monkeypatch.setattr(registry, "CHAMPION", "pickled")
     with pytest.raises(UserError, match="pickle is disallowed"):

@@ -1,5 +1,6 @@
 """MLflow's store: who only reads it leaves it as it is, and who is refused is told what helps."""
 
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -8,9 +9,8 @@ import mlflow
 import pytest
 from alembic import command
 from mlflow.store.db.utils import _get_alembic_config
-from PIL import Image
 
-from mnist_mlp import UserError, data, store
+from mnist_mlp import UserError, store
 from tests import project
 
 TRACK = (sys.executable, "-m", "stages.track")
@@ -22,7 +22,7 @@ def repository(finished: Path, tmp_path: Path) -> Path:
     """A finished repository with its store, and a picture to read."""
     folder = project.copy(finished, tmp_path / "repository")
     project.run(folder, *TRACK)  # the copy is the store's place now
-    Image.fromarray(255 - data.load("t10k")[0][0]).resize((300, 300)).save(folder / "picture.png")
+    project.draw_picture(folder / "picture.png")
     return folder
 
 
@@ -38,7 +38,7 @@ def test_who_only_reads_may_do_so_on_a_read_only_disk_and_a_writer_gets_no_advic
     script = f"mount --bind . . && mount -o remount,bind,ro . && cd . && cd $PWD && {readers} && {shlex.join(TRACK)}"
     done = project.run(repository, "unshare", "-rm", "sh", "-c", script, check=False)
     assert "identical: run" in done.stdout
-    assert "picture.png: 7, probability" in done.stdout
+    assert re.search(r"^picture.png: \d+, probability", done.stdout, re.MULTILINE)
     (line,) = done.stderr.splitlines()
     assert done.returncode == 1
     assert line.startswith("track: MLflow at sqlite:///")

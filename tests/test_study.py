@@ -24,7 +24,7 @@ import torch
 import yaml
 from mlflow.entities import Run
 
-from mnist_mlp import FIGURES, cluster, params, study, study_check, training
+from mnist_mlp import FIGURES, cluster, data, params, registry, store, study, study_check, training
 from stages import replicate, report
 from tests import project
 
@@ -33,7 +33,9 @@ STUDY = ("dvc", "repro", "study/dvc.yaml")
 REPLICATE = (sys.executable, "-m", "stages.replicate")
 CHECK = (sys.executable, "-m", "mnist_mlp.study_check")
 TRACK = (sys.executable, "-m", "mnist_mlp.study_tracking")
+full = pytest.mark.full
 SEEDS = 3
+HELD_OUT = data.SIZES["train"] // 12
 OTHER_ARITHMETIC = "import torch\ntorch.backends.mkldnn.is_available = lambda: False\n"
 
 
@@ -75,6 +77,7 @@ def trained(output: str) -> tuple[int, int]:
     return int(found[0]), int(found[1])
 
 
+@pytest.mark.recipe
 def test_the_committed_study_holds_the_pipelines_own_run() -> None:
     """Seed 42: the same model as dvc.lock's, and the same epochs as results/history.csv."""
     (run,) = [row for row in rows(ROOT) if row["seed"] == "42"]
@@ -84,10 +87,10 @@ def test_the_committed_study_holds_the_pipelines_own_run() -> None:
     assert epochs == (ROOT / "results/history.csv").read_text().splitlines()[1:]
     assert float(run["accuracy"]) == json.loads((ROOT / "results/metrics.json").read_text())["accuracy"]
     assert [int(row["seed"]) for row in rows(ROOT)] == list(range(1, 101))
+    assert list(run) == ["seed", "accuracy", "batch_mean_accuracy", "loss", "model_md5"]
 
 
 def test_a_run_of_the_study_is_what_the_pipeline_gives_for_its_seed(repository: Path) -> None:
-    assert list(rows(repository)[0]) == ["seed", "accuracy", "batch_mean_accuracy", "loss", "model_md5"]
     project.edit(repository, {"train.seed": 2})
     project.run(repository, "dvc", "repro", "evaluate")
     metrics = json.loads((repository / "results/metrics.json").read_text())
@@ -123,10 +126,10 @@ def test_no_run_is_trained_twice(repository: Path, tmp_path: Path) -> None:
         assert trained(project.run(folder, *REPLICATE).stdout) == (SEEDS + 1, 1)
     assert results(repository)["results/study/history.csv"] == results(clone)["results/study/history.csv"]
 
-    project.edit(repository, {"study.vary": {"train.lr": [0.05, 0.1]}, "study.seeds": 2})
+    project.edit(repository, {"study.vary": {"train.lr": [0.05, project.LR]}, "study.seeds": 2})
     assert trained(project.run(repository, *REPLICATE).stdout) == (4, 2)
     assert [(row["train.lr"], row["seed"]) for row in rows(repository)] == [
-        ("0.05", "1"), ("0.05", "2"), ("0.1", "1"), ("0.1", "2")
+        ("0.05", "1"), ("0.05", "2"), (str(project.LR), "1"), (str(project.LR), "2")
     ]  # fmt: skip
 
 
@@ -139,10 +142,11 @@ def test_runs_of_other_code_or_parameters_are_not_used(repository: Path) -> None
     assert trained(project.run(repository, *REPLICATE).stdout) == (1, 1)
 
 
+@full
 @pytest.mark.parametrize("only_committed", [False, True])
 def test_runs_of_another_arithmetic_are_not_used(repository: Path, tmp_path: Path, only_committed: bool) -> None:
     """Neither those that are kept nor those in Git, of which the first diverged and so proves nothing."""
-    project.edit(repository, {"study.vary": {"train.lr": [10.0, 0.1]}, "study.seeds": 1})
+    project.edit(repository, {"study.vary": {"train.lr": [project.DIVERGING, project.LR]}, "study.seeds": 1})
     project.run(repository, *STUDY)
     project.commit(repository)
     if only_committed:
@@ -152,6 +156,7 @@ def test_runs_of_another_arithmetic_are_not_used(repository: Path, tmp_path: Pat
     assert trained(project.run(repository, *REPLICATE, env=env).stdout) == (2, 2)
 
 
+@full
 def test_tables_that_their_lock_does_not_record_are_not_used(repository: Path) -> None:
     shutil.rmtree(repository / "study/runs")
     table = repository / study.RUNS
@@ -161,12 +166,13 @@ def test_tables_that_their_lock_does_not_record_are_not_used(repository: Path) -
     assert trained(project.run(repository, *REPLICATE).stdout) == (1, 1)
 
 
+@pytest.mark.recipe
 def test_a_kept_run_is_named_by_all_that_decides_what_it_gives() -> None:
     config = params.load(ROOT / "params.yaml")
     changes: dict[str, object] = {
         "data.mean": 0.1, "data.std": 0.3, "data.validation": 100, "model.hidden": [10], "train.seed": 7,
         "train.epochs": 3, "train.batch_size": 32, "train.lr": 0.2, "train.momentum": 0.5, "train.weight_decay": 0.1,
-        "train.device": "cuda", "evaluate.batch_size": 100,
+        "train.device": "cuda", "train.threads": 2, "evaluate.batch_size": 100,
     }  # fmt: skip
     assert changes.keys() == {*params.VARIABLE, "train.seed"}
     code: dict[str, str | None] = {"a.py": "1"}
@@ -316,6 +322,7 @@ def test_a_cluster_gives_the_same_bytes_though_a_worker_dies_and_others_are_not_
     assert not list(dask_cluster.folder.rglob("runs.csv"))
 
 
+@full
 def test_new_code_reaches_workers_that_have_run_a_study_before(repository: Path, dask_cluster: Cluster) -> None:
     dask_cluster.worker()
     project.edit(repository, {"study.seeds": 1})
@@ -330,6 +337,7 @@ def test_new_code_reaches_workers_that_have_run_a_study_before(repository: Path,
     assert rows(repository)[0]["model_md5"] != before[0]["model_md5"]
 
 
+@full
 def test_a_worker_that_dies_costs_its_run_only_while_the_others_go_on(studied: Path, repository: Path) -> None:
     """Of the local cluster, which starts another one. The run waits until its worker is killed."""
     forget(repository)
@@ -352,6 +360,7 @@ def test_a_worker_that_dies_costs_its_run_only_while_the_others_go_on(studied: P
     assert rows(repository) == rows(studied)
 
 
+@full
 def test_a_run_in_which_every_worker_dies_is_named(repository: Path) -> None:
     forget(repository)
     change_training(repository, "if config.train.seed == 2: import os; os._exit(9)")
@@ -369,6 +378,7 @@ def change_training(folder: Path, statement: str) -> None:
     training.write_text(training.read_text().replace(head, f"    {statement}\n{head}", 1))
 
 
+@full
 def test_a_worker_with_a_full_disk_is_left_out(repository: Path, dask_cluster: Cluster, tmp_path: Path) -> None:
     """In a mount namespace of its own, where its folder is a small file system."""
     if project.run(tmp_path, "unshare", "-rm", "true", check=False).returncode:
@@ -387,7 +397,9 @@ def test_a_worker_with_a_full_disk_is_left_out(repository: Path, dask_cluster: C
     assert re.fullmatch(r"worker \S+ is left out: OSError: \[Errno 28\] No space left on device\n", done.stderr)
 
 
-@pytest.mark.parametrize("address", ["foo", "tcp://127.0.0.1", "http://127.0.0.1:8786", "tls://127.0.0.1:8786"])
+@pytest.mark.parametrize(
+    "address", ["foo", *(pytest.param(f"{kind}://127.0.0.1", marks=full) for kind in ("tcp", "http", "tls"))]
+)
 def test_an_address_that_is_none_is_one_line(repository: Path, address: str) -> None:
     done = project.run(repository, *CHECK, env=project.environment(DASK_SCHEDULER_ADDRESS=address), check=False)
     (line,) = done.stderr.splitlines()
@@ -419,7 +431,10 @@ def test_ctrl_c_is_not_lost_while_the_local_cluster_starts(monkeypatch: pytest.M
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # if it came by way of another thread
 
 
-@pytest.mark.parametrize("scheduler", ["none", "without workers", "lost"])
+@pytest.mark.parametrize(
+    "scheduler",
+    ["none", *(pytest.param(scheduler, marks=full) for scheduler in ("without workers", "lost"))],
+)
 def test_a_cluster_that_is_not_there_is_one_line(
     studied: Path, repository: Path, dask_cluster: Cluster, scheduler: str
 ) -> None:
@@ -450,6 +465,7 @@ def test_a_cluster_that_is_not_there_is_one_line(
     assert rows(repository) == rows(studied)
 
 
+@full
 def test_a_full_disk_is_one_line_and_what_has_ended_is_kept(studied: Path, repository: Path) -> None:
     """In a mount namespace of its own, where `study/runs` is a file system with room for a few files."""
     forget(repository)
@@ -505,6 +521,7 @@ def test_a_study_varies_what_stage_train_depends_on() -> None:
         assert named - {"train.seed"} == set(params.VARIABLE)
 
 
+@pytest.mark.recipe
 def test_settings_are_compared_by_seed_and_a_diverged_run_is_a_result(repository: Path) -> None:
     project.edit(repository, {"study.vary": {"train.lr": [0.1, 0.05, 10.0]}})
     output = project.run(repository, *STUDY).stdout
@@ -542,8 +559,9 @@ def test_settings_are_compared_by_seed_and_a_diverged_run_is_a_result(repository
     assert f"{SEEDS} diverged" in words
 
 
+@full
 def test_a_study_whose_runs_all_diverge_is_a_study(repository: Path) -> None:
-    project.edit(repository, {"study.seeds": 2, "train.lr": 10.0})
+    project.edit(repository, {"study.seeds": 2, "train.lr": project.DIVERGING})
     done = project.run(repository, *STUDY)
     assert "seed 2: diverged" in done.stdout
     (found,) = json.loads((repository / study.SUMMARY).read_text())["settings"]
@@ -553,37 +571,39 @@ def test_a_study_whose_runs_all_diverge_is_a_study(repository: Path) -> None:
 
 
 def test_with_a_validation_set_settings_and_champion_are_chosen_by_it(repository: Path) -> None:
-    project.edit(repository, {"data.validation": 5000, "study.seeds": 2, "study.vary": {"train.lr": [0.1, 0.05]}})
+    project.edit(
+        repository, {"data.validation": HELD_OUT, "study.seeds": 2, "study.vary": {"train.lr": [project.LR, 0.05]}}
+    )
     project.run(repository, *STUDY)
-    assert list(rows(repository)[0])[-2:] == ["validation_accuracy", "model_md5"]
+    assert {"validation_accuracy", "model_md5"} <= rows(repository)[0].keys()
     assert list(rows(repository, study.HISTORY)[0])[-2:] == ["val_loss", "val_acc"]
     comparison = json.loads((repository / study.SUMMARY).read_text())["comparison"]
     assert (comparison["metric"], comparison["chooses_by_test_set"]) == ("validation_accuracy", False)
 
     output = project.run(repository, "dvc", "repro").stdout
-    assert "mnist-mlp version 2, the champion" in output
+    assert f"{registry.NAME} version 2, the champion" in output
     metrics = json.loads((repository / "results/metrics.json").read_text())
     run = project.runs(repository)[0]
     assert run.data.metrics["validation_accuracy"] == metrics["validation_accuracy"] > 0.5
     history = (repository / "results/history.csv").read_text().splitlines()
     assert history[0].endswith(",val_loss,val_acc")
     client = mlflow.MlflowClient()
-    version = client.get_model_version("mnist-mlp", "2")
+    version = client.get_model_version(registry.NAME, "2")
     assert float(version.tags["validation_accuracy"]) == metrics["validation_accuracy"]
     # Better on the test set, worse on the validation set.
     tags = {"accuracy": "0.999", "validation_accuracy": "0.5"}
-    mlflow.register_model(version.source, "mnist-mlp", tags=tags)
+    mlflow.register_model(version.source, registry.NAME, tags=tags)
     project.run(repository, sys.executable, "-m", "stages.track")
-    assert int(client.get_model_version_by_alias("mnist-mlp", "champion").version) == 2
+    assert int(client.get_model_version_by_alias(registry.NAME, registry.CHAMPION).version) == 2
 
 
 def test_held_out_images_are_the_last_and_no_part_of_the_training(mnist: Path) -> None:
-    config = params.load(ROOT / "params.yaml").replaced({"data.validation": 5000})
+    config = params.load(ROOT / "params.yaml").replaced({"data.validation": HELD_OUT})
     whole = training.load(config.replaced({"data.validation": 0}), mnist)
     sets = training.load(config, mnist)
-    assert [len(part.labels) for part in whole] == [60_000, 0, 10_000]
+    assert [len(part.labels) for part in whole] == [data.SIZES["train"], 0, data.SIZES["t10k"]]
     assert torch.equal(torch.cat([sets.train.images, sets.validation.images]), whole.train.images)
-    assert torch.equal(sets.validation.labels, whole.train.labels[55_000:])
+    assert torch.equal(sets.validation.labels, whole.train.labels[-HELD_OUT:])
 
 
 def test_study_check_says_identical_or_the_first_difference(repository: Path) -> None:
@@ -595,12 +615,12 @@ def test_study_check_says_identical_or_the_first_difference(repository: Path) ->
     done = project.run(repository, *CHECK, "--runs", "1", check=False)
     assert done.returncode == 1
     assert re.search(
-        r"^different: seed \d: epoch 1: test_acc is 0.123456 in the table, 0\.9\d+ here$", done.stdout, re.M
+        r"^different: seed \d: epoch 1: test_acc is 0.123456 in the table, 0\.\d+ here$", done.stdout, re.M
     )
 
     project.edit(repository, {"train.lr": 0.05})
     done = project.run(repository, *CHECK, check=False)
-    line = "study_check: params.yaml: train.lr is 0.05, and the study was made with 0.1; run `make study`\n"
+    line = f"study_check: params.yaml: train.lr is 0.05, and the study was made with {project.LR}; run `make study`\n"
     assert (done.returncode, done.stderr) == (2, line)
 
 
@@ -704,7 +724,7 @@ def test_mlflow_has_one_parent_and_a_child_for_each_run_and_gets_them_once(repos
     mlflow.set_tracking_uri(f"sqlite:///{repository}/mlflow.db")
 
     def found() -> list[Run]:
-        runs: list[Run] = mlflow.search_runs(experiment_names=["mnist-study"], output_format="list")
+        runs: list[Run] = mlflow.search_runs(experiment_names=[store.STUDY], output_format="list")
         return [run for run in runs if run.info.run_name != "published"]
 
     before = found()

@@ -161,7 +161,7 @@ def test_a_stored_model_that_computes_something_else_is_different(
     assert run.outputs is not None
     stored = mlflow.get_logged_model(run.outputs.model_outputs[0].model_id)
     folder = Path(stored.artifact_location.removeprefix("file://"))
-    images = torch.zeros(2, 28, 28, dtype=torch.uint8)
+    images = torch.zeros(2, *data.SHAPE, dtype=torch.uint8)
 
     def replace(model: torch.nn.Module) -> None:
         shutil.rmtree(folder)
@@ -319,9 +319,9 @@ def test_a_run_whose_files_are_lost_is_no_answer_but_advice_that_works(repositor
             "0123456789abcdef0123456789abcdef",
             "Run with id=0123456789abcdef0123456789abcdef not found; `make track` makes a run of the present results",
         ),
-        ("models:/mnist-mlp@nobody", "alias nobody not found"),
+        (f"models:/{registry.NAME}@nobody", "alias nobody not found"),
         (
-            "models:/mnist-mlp",
+            f"models:/{registry.NAME}",
             "accepted are models:/NAME@ALIAS, models:/NAME/VERSION, the id of an MLflow run, or a Git",
         ),
         (
