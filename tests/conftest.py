@@ -17,7 +17,16 @@ ROOT = Path(__file__).parents[1]
 # A shell starts what it runs in the background with Ctrl-C ignored, and all that is started from there inherits that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # The files that take longest, so that they start first. The second needs no repository while the first one makes it.
-FIRST = ("test_server", "test_predict", "test_experiments", "test_study", "test_verify", "test_runs", "test_pipeline")
+FIRST = (
+    "test_make_it_yours",
+    "test_server",
+    "test_predict",
+    "test_experiments",
+    "test_study",
+    "test_verify",
+    "test_runs",
+    "test_pipeline",
+)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mnist_mlp import PREDICTIONS
+from mnist_mlp import PREDICTIONS, data
 from tests import project
 
 
