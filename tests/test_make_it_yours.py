@@ -125,12 +125,7 @@ def walk(folder: Path, mirror: Path) -> None:
     edit(folder, "dvc.yaml", (plots, f"{plots}confidence.png:\n        cache: false\n    - results/plots/"))
 
     # 8. Other names
-    edit(
-        folder,
-        "mnist_mlp/store.py",
-        ('EXPERIMENT = "mnist"', 'EXPERIMENT = "patches"'),
-        ('STUDY = "mnist-study"', 'STUDY = "patches-study"'),
-    )
+    edit(folder, "mnist_mlp/store.py", ('EXPERIMENT = "mnist"', 'EXPERIMENT = "patches"'))
     edit(folder, "mnist_mlp/registry.py", ('NAME = "mnist-mlp"', 'NAME = "patches-cnn"'))
     edit(folder, "pyproject.toml", ('name = "mnist-mlp"', 'name = "patches-cnn"'))
 
