@@ -13,6 +13,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import NoReturn
 
 # `python -m` imports this file before the command itself; until then the command's name is "-m". The imports take
 # seconds, and libraries turn a KeyboardInterrupt into errors of their own. So until run_command, Ctrl-C simply ends it.
@@ -53,14 +54,17 @@ class UserError(Exception):
 
 
 def run_command(main: Callable[[], object]) -> None:
-    """Run a command's ``main`` in ``HERE``. A ``UserError`` or ``OSError`` ends it with one line and exit status 1."""
+    """Run a command's ``main`` in ``HERE``. A ``UserError`` or ``OSError`` ends it with one line and exit status 1.
+
+    If it cannot be run at all, the status is 2: to who asks ``verify``, 1 would mean 'different'.
+    """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` ends a command as Ctrl-C does
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     name = Path(sys.argv[0]).stem
+    _check_module()
+    _go_home()
     try:
-        _check_module()
-        _go_home()
         main()
     except (UserError, OSError) as error:
         sys.exit(f"{name}: {error}{_hint()}")
@@ -76,7 +80,7 @@ def _check_module() -> None:
     """Refuse `python stages/train.py`, which has loaded PyTorch before this file could set anything."""
     file = Path(sys.argv[0]).resolve()
     if sys.modules["__main__"].__spec__ is None and file.suffix == ".py":
-        raise UserError(f"run it as `python -m {file.parent.name}.{file.stem}`, in the folder of dvc.yaml")
+        _refuse(f"run it as `python -m {file.parent.name}.{file.stem}`, in the folder of dvc.yaml")
 
 
 def _go_home() -> None:
@@ -84,8 +88,13 @@ def _go_home() -> None:
     code = Path(__file__).resolve().relative_to(HERE)
     own = next((folder for folder in (CALLER, *CALLER.parents) if (folder / code).exists()), HERE)
     if own != HERE:
-        raise UserError(f"this is the code of {HERE}, and {own} has its own; unset PYTHONSAFEPATH and PYTHONPATH")
+        _refuse(f"this is the code of {HERE}, and {own} has its own; unset PYTHONSAFEPATH and PYTHONPATH")
     os.chdir(HERE)
+
+
+def _refuse(text: str) -> NoReturn:
+    print(f"{Path(sys.argv[0]).stem}: {text}{_hint()}", file=sys.stderr)
+    sys.exit(2)
 
 
 def _hint() -> str:
@@ -148,5 +157,5 @@ def write(path: Path, content: bytes | str) -> None:
 if sys.argv[0] == "-m":  # a command, whose own imports come next
     _missing = [name for name in ("torch", "mlflow", "dvc") if importlib.util.find_spec(name) is None]
     if _missing:
-        _lack = f"{sys.executable} has no {', '.join(_missing)}"
-        sys.exit(f"{_lack}: type `make setup`, then `source .venv/bin/activate`{_hint()}")
+        sys.argv[0] = sys.orig_argv[sys.orig_argv.index("-m") + 1].rpartition(".")[2]
+        _refuse(f"{sys.executable} has no {', '.join(_missing)}; type `make setup`, then `source .venv/bin/activate`")

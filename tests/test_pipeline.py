@@ -214,7 +214,7 @@ def test_a_stage_that_is_run_as_a_file_says_how_to_run_it(tmp_path: Path) -> Non
     """Where .venv was made by `make setup`, which lets Python find the project from everywhere."""
     command, environment = project.REPOSITORY / "stages/plot.py", {"PYTHONPATH": str(project.REPOSITORY)}
     done = project.run(tmp_path, sys.executable, str(command), check=False, env=project.environment(**environment))
-    assert (done.returncode, done.stderr) == (1, "plot: run it as `python -m stages.plot`, in the folder of dvc.yaml\n")
+    assert (done.returncode, done.stderr) == (2, "plot: run it as `python -m stages.plot`, in the folder of dvc.yaml\n")
 
 
 def test_each_stage_declares_every_file_of_the_project_that_it_imports() -> None:
