@@ -69,7 +69,7 @@ def as_mnist(levels: NDArray[np.float32]) -> NDArray[np.uint8]:
     accepted, and 94 in 100 of these come out as they went in, but for the faintest greys.
 
     Args:
-        levels: (height, width), 0 for black to 255 for white. Paper is what most of the picture is, and ink is what
+        levels: (height, width), 0 for black to 255 for white. Paper is what most of the border is, and ink is what
             differs from the paper around it, darker or lighter.
 
     Returns:
@@ -111,24 +111,20 @@ def find_ink(levels: NDArray[np.float32]) -> NDArray[np.float32]:
     """
     if not np.isfinite(levels).all():  # which a TIFF may hold
         raise UserError("not a whole picture: some of its grey levels are not numbers")
-    small = Image.fromarray(levels)
-    small.thumbnail((100, 100), Image.Resampling.BOX)  # a shadow needs no more detail; quick, and it averages grain
-    page = np.asarray(small)
-    flat = page - fit_plane(page)  # in the light and in the shadow, paper is the same
-    if np.median(flat) < (flat.min() + flat.max()) / 2:
-        levels, page = 255 - levels, 255 - page
-    large = Image.fromarray(estimate_paper(page)).resize(levels.shape[::-1], Image.Resampling.BILINEAR)
-    paper: NDArray[np.float32] = np.asarray(large)
+    border = np.concatenate([levels[0], levels[-1], levels[:, 0], levels[:, -1]])
+    if np.median(border) < (levels.min() + levels.max()) / 2:
+        levels = 255 - levels
+    paper = estimate_paper(levels)
     depth = paper - levels
     if depth.max() < 32:  # an eighth of the range: less than pencil (60 or so), more than faint grain (10)
-        raise UserError("a blank picture: nothing on it stands out from the paper")
+        raise UserError("a blank picture: nothing on it stands out from its border")
     ink = np.clip(depth / np.maximum(paper, 1), 0, 1)
     ink *= 255 / ink.max()
     ink[ink < 255 / 5] = 0  # grain of the paper, and what JPEG leaves around a stroke
     return ink.astype(np.float32)
 
 
-def estimate_paper(page: NDArray[np.float32]) -> NDArray[np.float32]:
+def estimate_paper(levels: NDArray[np.float32]) -> NDArray[np.float32]:
     """Estimate how light the page would be without its ink.
 
     A grey closing fills whatever is dark and narrower than its window, and leaves wider things as they are, such as a
@@ -137,24 +133,21 @@ def estimate_paper(page: NDArray[np.float32]) -> NDArray[np.float32]:
     page, so the lower one is nearer.
 
     Args:
-        page: (height, width), 0 for black to 255 for white, with dark ink.
+        levels: (height, width), 0 for black to 255 for white, with dark ink.
 
     Returns:
         (height, width), on the same scale.
     """
+    small = Image.fromarray(levels)
+    small.thumbnail((100, 100), Image.Resampling.BOX)  # a shadow needs no more detail; quick, and it averages grain
+    page = np.asarray(small)
     window = (max(page.shape) // 2,) * 2  # wider than any stroke, even where no margin is around the digit
     closed = ndimage.grey_closing(page, window)
 
-    plane = fit_plane(closed)
-    paper: NDArray[np.float32] = np.minimum(closed, plane + ndimage.grey_closing(page - plane, window))
-    return paper
-
-
-def fit_plane(page: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Fit a slope to the grey levels (height, width) by least squares."""
-    points = np.stack([np.ones(page.shape), *np.indices(page.shape)], -1).reshape(-1, 3)
-    plane: NDArray[np.float64] = points @ np.linalg.lstsq(points, page.ravel())[0]
-    return plane.reshape(page.shape).astype(np.float32)
+    corners = np.stack([np.ones(page.shape), *np.indices(page.shape)], -1).reshape(-1, 3)  # of the least-squares fit
+    plane = (corners @ np.linalg.lstsq(corners, closed.ravel())[0]).reshape(page.shape)
+    paper = np.minimum(closed, plane + ndimage.grey_closing(page - plane, window)).astype(np.float32)
+    return np.asarray(Image.fromarray(paper).resize(levels.shape[::-1], Image.Resampling.BILINEAR))
 
 
 def keep_digit(ink: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -211,8 +204,8 @@ def require_alone(ink: NDArray[np.float32]) -> None:
     if sum(rows.stop - rows.start > 0.6 * (columns.stop - columns.start) for rows, columns in boxes) > 1:
         raise UserError(f"more than one digit, or a mark beside it; {CUT}")
 
-    # On a large dark desk, a white sheet looks like light ink. Turned until its sides are level, a sheet or a frame
-    # fills its box. In MNIST a bold 0 fills up to 0.89 of it, and a 1 may fill all, but its box is narrow.
+    # Where a dark frame or desk is the whole border, the sheet looks like light ink. Turned until its sides are level,
+    # a sheet or a frame fills its box. In MNIST a bold 0 fills up to 0.9 of it. A 1 may fill all: its box is narrow.
     dark = ink > 255 / 2
     (box,) = ndimage.find_objects(dark.astype(int))
     filled = ndimage.binary_fill_holes(dark[box])
