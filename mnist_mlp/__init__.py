@@ -36,7 +36,9 @@ os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"
 
 HERE = Path(__file__).resolve().parents[1]  # the folder of this code: the repository, or a copy for one DVC experiment
 _ROOT = Path(os.environ.get("DVC_ROOT", HERE)).resolve()
-ROOT = _ROOT if _ROOT in HERE.parents else HERE  # the repository, which has MLflow's store for all copies
+ROOT = (
+    _ROOT if _ROOT / ".dvc/tmp" in HERE.parents else HERE
+)  # the repository that DVC copied for an experiment, or HERE
 CALLER = Path.cwd()  # where the user is; commands work in HERE
 
 # The paths of what the stages exchange, from HERE.
@@ -101,7 +103,8 @@ def _hint() -> str:
     # DVC removes a stage's results before it runs the stage. But not here in an experiment that works in a copy, nor by
     # a stage of the study: those have a colon in their names.
     here = HERE == ROOT and ":" not in os.environ.get("DVC_STAGE", ":")
-    removed = here and not all((HERE / path).exists() for path in (MODEL, HISTORY, METRICS, PREDICTIONS))
+    results = (MODEL, HISTORY, METRICS, PREDICTIONS, *(PLOTS / f"{name}.png" for name in FIGURES))
+    removed = here and not all((HERE / path).exists() for path in results)
     hint = "; DVC has removed results: when this is mended, `dvc repro` makes them, or takes them from its cache"
     return hint if removed else ""
 
@@ -123,10 +126,14 @@ def published_history() -> list[dict[str, float]]:
         return []
     try:
         with (HERE / PUBLISHED).open(encoding="utf-8") as file:
-            return [{name: float(row[name]) for name in ("epoch", *FIGURES)} for row in csv.DictReader(file)]
-    except (ValueError, TypeError, KeyError) as error:
-        columns = ", ".join(("epoch", *FIGURES))
-        raise UserError(f"{PUBLISHED}: {error} is not as it should be: numbers in the columns {columns}") from None
+            history = [{name: float(row[name]) for name in ("epoch", *FIGURES)} for row in csv.DictReader(file)]
+        if [row["epoch"] for row in history] != list(range(len(history))) or "nan" in str(history):
+            raise ValueError
+    except (ValueError, TypeError, KeyError):
+        columns = ", ".join(FIGURES)
+        wanted = f"each row needs the epoch, from 0, and numbers in the columns {columns}"
+        raise UserError(f"{PUBLISHED}: {wanted}; `git checkout {PUBLISHED}` restores it") from None
+    return history
 
 
 def csv_text(columns: Iterable[str], rows: Iterable[Mapping[str, str]]) -> str:

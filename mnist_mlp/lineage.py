@@ -65,32 +65,35 @@ def patch() -> bytes | None:
     """
     with tempfile.TemporaryDirectory() as folder:
         index = {"GIT_INDEX_FILE": str(Path(folder, "index"))}  # the user's own index stays as it is
-        for command in (("read-tree", commit()), ("add", "--all", "--", *_code())):
-            if git(*command, env=index).returncode:
-                return None
+        if git("read-tree", commit(), env=index).returncode or (code := _code(index)) is None:
+            return None
+        if git("--literal-pathspecs", "add", "--all", "--", *code, env=index).returncode:
+            return None
         changes = git("diff-index", "--cached", "--patch", "--binary", "--no-ext-diff", commit(), env=index)
     return None if changes.returncode else changes.stdout
 
 
 def code_md5() -> str:
     """Hash the files that the pipeline depends on, as they are now: the same before and after a commit of them."""
-    listed = git("ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *_code())
-    if listed.returncode:
+    code = _code()
+    if code is None:
         return UNKNOWN
-    hashes = {path: file_md5(path) for path in listed.stdout.decode(errors="surrogateescape").split("\0")}
+    hashes = {path: file_md5(path) for path in code}
     return md5(json.dumps({path: found for path, found in hashes.items() if found}, sort_keys=True).encode())
 
 
-def _code() -> list[str]:
-    """Say for Git which files decide what the pipeline gives, but for parameters, results and ignored files."""
+def _code(index: dict[str, str] | None = None) -> list[str] | None:
+    """List the files that stages depend on, but for results and what Git ignores; None if Git fails."""
     stages = read_stages(Path("dvc.yaml").read_bytes()).values()
-    made = {next(iter(out)) if isinstance(out, dict) else out for stage in stages for out in _outputs(stage)}
-    needed = {dependency for stage in stages for dependency in stage.get("deps", [])}
-    # Git refuses to be asked for what it ignores, such as results in DVC's cache, and data under `dvc add`.
-    ignored = set(git("check-ignore", "--", *needed, *made).stdout.decode().splitlines())
-    places = {str(Path(output).parent) for output in made}  # of results and the .gitignore that DVC writes
-    code = {"dvc.yaml", *needed} - made - places - ignored
-    return sorted(code) + [f":(exclude){output}" for output in sorted(made - ignored)]
+    made = [Path(next(iter(out)) if isinstance(out, dict) else out) for stage in stages for out in _outputs(stage)]
+    needed = {Path(dependency) for stage in stages for dependency in stage.get("deps", [])}
+    inside = [str(path) for path in needed if not path.is_absolute() and ".." not in path.parts]
+    listed = git("ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", "dvc.yaml", *inside, env=index)
+    if listed.returncode:
+        return None
+    written = {*made, *(output.parent / ".gitignore" for output in made)}  # by the stages, and by DVC beside them
+    files = map(Path, filter(None, listed.stdout.decode(errors="surrogateescape").split("\0")))
+    return sorted({str(file) for file in files if written.isdisjoint([file, *file.parents])})
 
 
 def _outputs(stage: dict[str, Any]) -> list[Any]:
@@ -107,16 +110,18 @@ def recorded(config: Params) -> dict[str, Any]:
         stages = locked_stages(LOCK.read_bytes(), Path("dvc.yaml").read_bytes())
     except FileNotFoundError:
         raise UserError(f"there is no {LOCK}, so there are no results yet; run `dvc repro`") from None
+    frozen = [name for name, stage in read_stages(Path("dvc.yaml").read_bytes()).items() if stage.get("frozen")]
+    advice = f"run `dvc unfreeze {' '.join(frozen)}`, then `dvc repro`" if frozen else "run `dvc repro`"
     for key, value in parameters(stages).items():
         if (now := config.flat().get(key)) != value:
-            raise UserError(f"params.yaml: {key} is {now}, and the results were made with {value}; run `dvc repro`")
+            raise UserError(f"params.yaml: {key} is {now}, and the results were made with {value}; {advice}")
     for name, stage in stages.items():
         for file in [*stage.get("deps", []), *stage.get("outs", [])]:
             path = file["path"]
             if not Path(path).exists():
-                raise UserError(f"{path} is missing; run `dvc repro`")
+                raise UserError(f"{path} is missing; {advice}")
             if file_md5(path) not in (file["md5"], None):  # None for a folder
-                raise UserError(f"{path} has changed since stage {name} last ran; run `dvc repro`")
+                raise UserError(f"{path} has changed since stage {name} last ran; {advice}")
     return stages
 
 

@@ -160,9 +160,7 @@ def load() -> tuple[ModelVersion, Classifier]:
     try:
         version = mlflow.MlflowClient().get_model_version_by_alias(NAME, CHAMPION)
         if not _is_of_present_data(version):
-            raise UserError(
-                f"{uri}, version {version.version}, was made from {OTHER_DATA}; `make repro` makes one from these"
-            )
+            raise UserError(f"{uri}, version {version.version}, was made from {OTHER_DATA}; {advice()}")
         with tempfile.TemporaryDirectory() as copy:  # MLflow writes a file beside the model that it loads
             model = mlflow.pytorch.load_model(uri, dst_path=copy)
     except (MlflowException, OSError, RuntimeError) as error:

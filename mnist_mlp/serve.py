@@ -24,9 +24,7 @@ from starlette.requests import ClientDisconnect
 
 from mnist_mlp import UserError, data, registry, run_command
 
-LIMIT = (
-    32 << 20
-)  # bytes of a request: MNIST's 10,000 test images fit, and its JSON takes less than 1 GB and 1 s to read
+LIMIT = 32 << 20  # bytes of a request: MNIST's test images fit, and their JSON takes less than 1 GB and 1 s to read
 
 Pixel = Annotated[int, Field(strict=True, ge=0, le=255)]
 ROWS, COLUMNS = data.SHAPE

@@ -40,9 +40,9 @@ for _remarks in ("mlflow.store.db.utils", "mlflow.store.artifact.artifact_repo")
     logging.getLogger(_remarks).setLevel(logging.CRITICAL)
 # What helps if a database that is a file refuses, by words of SQLite or of the system.
 ADVICE = {
-    "permission denied|readonly|read-only|unable to open": "; you may not write there: ask its owner, or name a store "
-    "of your own by MLFLOW_TRACKING_URI",
-    "not a database|malformed|no such table": "; it is damaged: move it away, and `make track` makes another",
+    "permission denied|readonly|read-only|unable to open": "; you may not write there: work in a clone of your own",
+    "not a database|malformed|no such table": "; it is damaged: move it away (its runs are in it), and `make track` "
+    "makes one of the present results",
     "locked": "; another process holds it: try again when that has ended",
     "disk is full|no space": "; make room on the disk",
 }
@@ -73,7 +73,10 @@ def uri() -> str:
         return f"{SQLITE}{ROOT / address.removeprefix(SQLITE)}"
     try:  # once, as MLflow asks, with its credentials and certificates; MLflow itself would try again for minutes
         if address.startswith("http"):
-            http_request(get_default_host_creds(address), "/health", "GET", timeout=5, max_retries=0).raise_for_status()
+            answer = http_request(get_default_host_creds(address), "/health", "GET", timeout=5, max_retries=0)
+            answer.raise_for_status()
+            if answer.text.strip() != "OK":
+                raise OSError("what answers is no MLflow server")
         elif "://" in address and not address.startswith("file:"):
             engine = create_sqlalchemy_engine(address)
             engine.connect().close()
@@ -148,8 +151,8 @@ def check_tables(address: str) -> None:
         raise refusal(address, error) from None
     if found != _get_latest_schema_revision():
         raise UserError(
-            f"{address} is of another MLflow release than {mlflow.__version__}; if of an older one, keep a copy of the "
-            f"file, and type: mlflow db upgrade '{address}'"
+            f"{address} is of another MLflow release than {mlflow.__version__}; if of a newer one, use that; if of an "
+            f"older one, keep a copy of the file, and type: mlflow db upgrade '{address}'"
         )
 
 

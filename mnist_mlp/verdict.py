@@ -59,6 +59,10 @@ def compare(config: Params) -> tuple[list[str], bool]:
         return [f"incomplete: {', '.join(missing)} missing; `dvc repro` makes what is missing"], False
     different = [path for path, md5 in committed.items() if lineage.file_md5(path) != md5]
     if not different:
+        try:
+            lineage.recorded(config)
+        except UserError as error:  # such as an edit that nobody has run
+            return [f"the committed bytes, but {error}"], False
         lines = ["reproduced: every byte of model, history, metrics and plots is the committed one"]
         same_lock = lineage.LOCK.read_bytes() == committed_lock
         if not same_lock:

@@ -194,6 +194,7 @@ def _check(run: Run) -> None:
         raise UserError(f"{name} was made from {registry.OTHER_DATA}; check its commit out first: {tags['git.commit']}")
     commit = tags["git.commit"]
     if not lineage.has_commit(commit):
+        lineage.check_git()
         raise UserError(
             f"{name} was made from commit {commit}, which is not in this repository; "
             "try `git fetch`, or `make track` for a run of the present results"

@@ -1,6 +1,7 @@
 """What an MLflow run is: one state of code, parameters and model, complete, and mended by one command."""
 
 import os
+import re
 import shutil
 import signal
 import sqlite3
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import mlflow
 import pytest
+import yaml
 from mlflow.entities import Run
 
 from mnist_mlp import UserError, data, lineage, registry, store
@@ -389,6 +391,28 @@ def test_data_of_ones_own_under_dvc_are_no_unknown_code(repository: Path) -> Non
     project.run(repository, *TRACK)
     new, _ = project.runs(repository)
     assert new.data.tags["git.patch.md5"] == "none"
+
+
+def test_what_a_stage_reads_is_in_the_patch_also_beside_a_result(repository: Path) -> None:
+    """A result in data/ or stages/, a dependency that is missing, and one outside the repository hide nothing."""
+    pipeline = repository / "dvc.yaml"
+    deps = ["data", "stages", "missing.csv", "../outside.csv", "/etc/hostname"]
+    stage = {
+        "cmd": "true",
+        "deps": deps,
+        "outs": [{"data/made.csv": {"cache": False}}, {"stages/made.csv": {"cache": False}}],
+    }
+    content = yaml.safe_load(pipeline.read_text())
+    content["stages"]["clean"] = stage
+    pipeline.write_text(yaml.safe_dump(content))
+    project.commit(repository)
+    for name in ("data/made.csv", "data/new.csv", "stages/made.csv", "stages/new.py"):
+        (repository / name).write_text("1\n")
+    (repository / "data/published_history.csv").unlink()
+    script = "import sys\nfrom mnist_mlp import lineage\nsys.stdout.buffer.write(lineage.patch())"
+    patch = project.run(repository, sys.executable, "-c", script).stdout
+    changed = re.findall(r"^diff --git a/(\S+)", patch, re.MULTILINE)
+    assert changed == ["data/new.csv", "data/published_history.csv", "stages/new.py"]
 
 
 def test_an_address_that_cannot_be_a_store_is_refused_in_one_line(

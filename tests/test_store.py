@@ -1,5 +1,6 @@
 """MLflow's store: who only reads it leaves it as it is, and who is refused is told what helps."""
 
+import os
 import re
 import shlex
 import sys
@@ -42,17 +43,21 @@ def test_who_only_reads_may_do_so_on_a_read_only_disk_and_a_writer_gets_no_advic
     (line,) = done.stderr.splitlines()
     assert done.returncode == 1
     assert line.startswith("track: MLflow at sqlite:///")
-    assert line.endswith("you may not write there: ask its owner, or name a store of your own by MLFLOW_TRACKING_URI")
+    assert line.endswith("you may not write there: work in a clone of your own")
 
 
 @pytest.mark.parametrize(
     ("reason", "advice"),
     [
-        ("[Errno 13] Permission denied: 'mlflow.lock'", "you may not write there: ask its owner"),
-        ("(sqlite3.OperationalError) attempt to write a readonly database", "you may not write there: ask its owner"),
+        ("[Errno 13] Permission denied: 'mlflow.lock'", "you may not write there: work in a clone of your own"),
+        (
+            "(sqlite3.OperationalError) attempt to write a readonly database",
+            "you may not write there: work in a clone of your own",
+        ),
         ("(sqlite3.OperationalError) database is locked", "another process holds it: try again when that has ended"),
         ("(sqlite3.OperationalError) database or disk is full", "make room on the disk"),
-        ("file is not a database", "it is damaged: move it away, and `make track` makes another"),
+        ("file is not a database", "it is damaged: move it away (its runs are in it), and `make track` makes one"),
+        ("unable to open database file", "you may not write there: work in a clone of your own"),
     ],
 )
 def test_each_cause_of_a_refusal_has_its_own_advice(reason: str, advice: str) -> None:
@@ -68,8 +73,8 @@ def test_the_store_of_an_older_mlflow_is_left_as_it_is_until_the_user_has_upgrad
     for name, one in {"track": TRACK, **{name: read(repository, name) for name in READERS}}.items():
         done = project.run(repository, *one, check=False)
         assert (done.returncode, done.stdout) == (2 if name == "verify" else 1, "")
-        reason = f"{name}: {address} is of another MLflow release than {mlflow.__version__}; if of an older one, "
-        assert done.stderr == f"{reason}{advice}\n"
+        reason = f"{address} is of another MLflow release than {mlflow.__version__}; if of a newer one, use that"
+        assert done.stderr == f"{name}: {reason}; if of an older one, {advice}\n"
     assert (repository / "mlflow.db").read_bytes() == before
     project.run(repository, *shlex.split(advice.partition(": ")[2]))
     assert "was complete" in project.run(repository, *TRACK).stdout
@@ -79,9 +84,12 @@ def test_a_proxy_that_catches_a_server_is_named(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     with pytest.raises(UserError, match="MLFLOW_TRACKING_URI, start it or unset it: "):
         store.uri()
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "kept")
+    monkeypatch.setenv("MLFLOW_RUN_ID", "forgotten")
     monkeypatch.setenv("http_proxy", "http://user:secret@127.0.0.1:10")
     with pytest.raises(UserError, match=r"the proxy http://127.0.0.1:10 was asked; export NO_PROXY=127.0.0.1 to ask"):
         store.uri()
+    assert (os.environ["MLFLOW_TRACKING_TOKEN"], "MLFLOW_RUN_ID" in os.environ) == ("kept", False)
 
 
 def test_no_variable_of_mlflow_but_the_servers_steers_a_run(repository: Path) -> None:

@@ -664,6 +664,8 @@ def test_an_interval_of_the_mean_stays_in_the_range_of_the_runs_and_few_runs_hav
     assert 0.4721 < low < outlier.mean() - 0.03
     assert outlier.mean() < high < outlier.max()
     assert report.distribution(outlier) == report.distribution(outlier)
+    assert report.distribution(outlier[:6])["interval"][0] > 0.4721
+    assert report.distribution(pd.Series([0.98] * 6))["interval"] == [0.98, 0.98]
     few = report.distribution(outlier[:5])
     assert few["values"] == [0.4721, 0.98, 0.9801, 0.9802, 0.9803]
     assert "interval" not in few

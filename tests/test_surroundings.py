@@ -108,7 +108,8 @@ def test_published_figures_may_be_missing_or_empty(repository: Path) -> None:
         (run,) = project.runs(repository)
         assert "published" not in run.data.tags["mlflow.note.content"]
     assert plots["header"] == plots["missing"]
-    published.write_text("epoch,accuracy\n0,0.9\n")
-    done = project.run(repository, sys.executable, "-m", "stages.plot", check=False)
-    assert done.stderr.startswith("plot: data/published_history.csv: 'train_loss' is not as it should be: numbers in")
-    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+    for wrong in ("epoch,accuracy\n0,0.9\n", f"{header}\n1,1,1,1,1\n", f"{header}\n0,nan,1,1,1\n"):
+        published.write_text(wrong)
+        done = project.run(repository, sys.executable, "-m", "stages.plot", check=False)
+        assert done.stderr.startswith("plot: data/published_history.csv: each row needs the epoch, from 0, and numbers")
+        assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)

@@ -265,7 +265,8 @@ def test_a_broken_store_is_no_answer_but_advice_that_works(repository: Path) -> 
     database.write_text("It was a dark and stormy night; the rain fell in torrents.")
     done = verify(repository, CHAMPION)
     reason = f"MLflow at sqlite:///{database} refuses: (sqlite3.DatabaseError) file is not a database"
-    line = f"verify: {reason}; if it is damaged, move it away, and `make track` makes another\n"
+    advice = "it is damaged: move it away (its runs are in it), and `make track` makes one of the present results"
+    line = f"verify: {reason}; {advice}\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", line)
     done = project.run(repository, sys.executable, "-m", "stages.track", check=False)
     assert (done.returncode, done.stderr) == (1, line.replace("verify", "track"))
