@@ -274,7 +274,7 @@ def test_a_model_whose_storing_was_interrupted_is_stored_again(repository: Path)
     script = """if True:
         import mlflow, os, runpy, sys
         mlflow.MlflowClient.set_logged_model_tags = lambda *_: os._exit(9)
-        sys.argv = ["stages/track.py"]
+        sys.argv = ["track"]
         runpy.run_module("stages.track", run_name="__main__")"""
     assert project.run(repository, sys.executable, "-c", script, check=False).returncode == 9
     project.run(repository, *TRACK)
@@ -393,6 +393,7 @@ def test_data_of_ones_own_under_dvc_are_no_unknown_code(repository: Path) -> Non
     assert new.data.tags["git.patch.md5"] == "none"
 
 
+@pytest.mark.recipe
 def test_what_a_stage_reads_is_in_the_patch_also_beside_a_result(repository: Path) -> None:
     """A result in data/ or stages/, a dependency that is missing, and one outside the repository hide nothing."""
     pipeline = repository / "dvc.yaml"

@@ -61,7 +61,7 @@ def crown(alias: str) -> None:
     """Register the model that was logged last, with an alias."""
     model = mlflow.last_logged_model()
     assert model
-    version = mlflow.register_model(model.model_uri, registry.NAME)
+    version = mlflow.register_model(model.model_uri, registry.NAME, tags={"data.digest": data.DIGEST})
     mlflow.MlflowClient().set_registered_model_alias(registry.NAME, alias, version.version)
 
 

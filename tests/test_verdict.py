@@ -85,7 +85,7 @@ def test_another_processor_is_expected_to_give_other_bytes(repository: Path, mon
 @pytest.mark.recipe
 def test_an_edit_that_nobody_has_run_is_not_reproduced_and_a_frozen_stage_is_named(repository: Path) -> None:
     project.edit(repository, {"train.lr": 0.2})
-    edited = "the committed bytes, but params.yaml: train.lr is 0.2, and the results were made with 0.1; run "
+    edited = f"the committed bytes, but params.yaml: train.lr is 0.2, and the results were made with {project.LR}; run "
     done = check(repository)
     assert (done.returncode, done.stdout.splitlines()[-1]) == (1, f"{edited}`dvc repro`")
     project.run(repository, "dvc", "freeze", "train")
