@@ -322,6 +322,7 @@ def test_a_cluster_gives_the_same_bytes_though_a_worker_dies_and_others_are_not_
     assert not list(dask_cluster.folder.rglob("runs.csv"))
 
 
+@full
 def test_new_code_reaches_workers_that_have_run_a_study_before(repository: Path, dask_cluster: Cluster) -> None:
     dask_cluster.worker()
     project.edit(repository, {"study.seeds": 1})
