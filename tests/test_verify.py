@@ -264,7 +264,7 @@ def test_a_broken_store_is_no_answer_but_advice_that_works(repository: Path) -> 
     database = repository / "mlflow.db"
     database.write_text("It was a dark and stormy night; the rain fell in torrents.")
     done = verify(repository, CHAMPION)
-    reason = f"MLflow at sqlite:///{database} refuses: (sqlite3.DatabaseError) file is not a database"
+    reason = f"MLflow at sqlite:///{database} refuses: file is not a database"
     advice = "it is damaged: move it away (its runs are in it), and `make track` makes one of the present results"
     line = f"verify: {reason}; {advice}\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", line)
