@@ -51,7 +51,7 @@ def test_one_pipeline_run_is_one_mlflow_run_with_all_that_leads_back_to_its_orig
         assert logged == dict(enumerate(history[name]))
     assert run.data.metrics["accuracy"] == metrics["accuracy"] > 0.5
     table = client.load_table(run.info.experiment_id, "per_digit.json", [run.info.run_id])
-    assert list(table["recall"]) == metrics["recall"]
+    assert list(table["recall"]) == pytest.approx(metrics["recall"])
     artifacts = {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
     assert artifacts == {"params.yaml", "dvc.lock", "metrics.json", "per_digit.json", "plots"}
     plots = [artifact.path for artifact in client.list_artifacts(run.info.run_id, "plots")]
