@@ -53,6 +53,8 @@ def make(folder: Path, mnist: Path, small: bool = True, source: Path = REPOSITOR
     if small:
         edit(folder, SMALL)
     run(folder, "git", "init", "--quiet", "--initial-branch", "main")
+    run(folder, "git", "config", "user.name", "test")  # DVC's own Git reads no GIT_CONFIG_GLOBAL
+    run(folder, "git", "config", "user.email", "test@localhost")
     commit(folder)
     return folder
 

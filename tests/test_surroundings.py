@@ -83,6 +83,8 @@ def test_dvc_keeps_no_experiment_in_a_shallow_clone_which_is_said(repository: Pa
     clone = tmp_path / "shallow"
     project.run(tmp_path, "git", "clone", "--quiet", "--depth", "1", f"file://{repository}", str(clone))
     shutil.copytree(repository / data.RAW, clone / data.RAW)
+    project.run(clone, "git", "config", "user.name", "test")
+    project.run(clone, "git", "config", "user.email", "test@localhost")
     experiment = ("dvc", "exp", "run", "--temp", "--name", "tried", "-S", "plot.dpi=80")
     line = "DVC keeps no experiment in a shallow clone, so only MLflow has it; type `git fetch --unshallow`"
     assert line in project.run(clone, *experiment).stdout
