@@ -11,7 +11,7 @@ from mnist_mlp import data, registry
 from tests import project
 
 pytestmark = [pytest.mark.full, pytest.mark.recipe]
-EARLIER = "81cb9b33"  # a commit of this repository, before `train.threads` was a parameter
+EARLIER = "1258dda"  # a commit of this repository, before `train.threads` was a parameter
 
 
 def test_the_runs_and_versions_of_an_earlier_state_are_found_served_and_proved(mnist: Path, tmp_path: Path) -> None:

@@ -53,6 +53,7 @@ def good(folder: Path) -> list[str]:
     return sorted(name for name, state in experiments(folder).items() if state == "success")
 
 
+@pytest.mark.full
 def test_every_queued_experiment_is_one_run_of_the_same_name_in_the_repositorys_store(explored: Path) -> None:
     head = project.run(explored, "git", "rev-parse", "HEAD").stdout.strip()
     runs = project.runs(explored)
@@ -117,6 +118,7 @@ def test_a_removed_experiment_stays_readable_in_mlflow(explored: Path, tmp_path:
     assert mlflow.pyfunc.load_model(f"models:/{registry.NAME}/{version.version}")
 
 
+@pytest.mark.full
 def test_a_clone_pulls_data_model_and_experiments_and_computes_nothing_again(
     finished: Path, explored: Path, tmp_path: Path
 ) -> None:

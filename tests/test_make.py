@@ -161,7 +161,7 @@ def test_what_starts_from_the_venv_without_activation_finds_the_project_and_its_
     (tmp_path / "here.py").write_text("print('of the working folder')\n")
     script = "import here, os; print(os.environ['PATH'], os.environ['MLFLOW_DISABLE_TELEMETRY'])"
     for path in ("/usr/bin", f"{python.parent}:/usr/bin"):
-        done = run(tmp_path, str(python), "-c", script, PATH=path, PYTHONSAFEPATH="1")
+        done = run(tmp_path, str(python), "-c", script, PATH=path, PYTHONSAFEPATH="1", MLFLOW_DISABLE_TELEMETRY="")
         assert done.stdout == f"of the project\n{python.parent}:/usr/bin true\n"
     assert run(tmp_path, str(python), "-m", "here").stdout == "of the working folder\n"
 

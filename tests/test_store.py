@@ -31,6 +31,7 @@ def read(folder: Path, command: str) -> tuple[str, ...]:
     return (sys.executable, "-m", f"mnist_mlp.{command}", *(["picture.png"] if command == "predict" else []))
 
 
+@pytest.mark.full
 def test_who_only_reads_may_do_so_on_a_read_only_disk_and_a_writer_gets_no_advice_that_harms(repository: Path) -> None:
     """In a mount namespace of its own: to root, who may write everywhere, permissions show nothing."""
     if project.run(repository, "unshare", "-rm", "true", check=False).returncode:
@@ -65,6 +66,7 @@ def test_each_cause_of_a_refusal_has_its_own_advice(reason: str, advice: str) ->
     assert str(store.refusal("http://user:secret@host", OSError(reason))) == f"MLflow at http://host refuses: {reason}"
 
 
+@pytest.mark.full
 def test_the_store_of_an_older_mlflow_is_left_as_it_is_until_the_user_has_upgraded_it(repository: Path) -> None:
     address = f"sqlite:///{repository}/mlflow.db"
     command.downgrade(_get_alembic_config(address), "-1")
@@ -92,6 +94,7 @@ def test_a_proxy_that_catches_a_server_is_named(monkeypatch: pytest.MonkeyPatch)
     assert (os.environ["MLFLOW_TRACKING_TOKEN"], "MLFLOW_RUN_ID" in os.environ) == ("kept", False)
 
 
+@pytest.mark.full
 def test_no_variable_of_mlflow_but_the_servers_steers_a_run(repository: Path) -> None:
     """Notebooks, clouds and `mlflow run` export the id of a run: that run stays as it was."""
     (victim,) = project.runs(repository)

@@ -36,6 +36,7 @@ def test_commands_work_from_another_folder_and_leave_nothing_there(repository: P
     assert [path.name for path in elsewhere.iterdir()] == ["picture.png"]
 
 
+@pytest.mark.full
 def test_a_notebook_beside_the_clone_can_use_the_package(repository: Path, elsewhere: Path) -> None:
     cells = f"""if True:
         import sys
