@@ -22,7 +22,7 @@ setup: .venv/installed  ## set up .venv from requirements.txt
 repro: clone setup  ## run what is due of the pipeline, and say what came out
 	@$(BIN)/python -m mnist_mlp.params
 	@$(BIN)/dvc repro
-	@$(BIN)/python -m stages.track
+	@$(BIN)/python -m stages.track --news
 	@$(BIN)/python -m mnist_mlp.verdict
 
 study: clone setup  ## train the recipe with many seeds, and describe what comes out
@@ -105,7 +105,6 @@ venv:
 # .venv finds this folder from anywhere, has its own bin first on PATH, where DVC looks for `python -m stages.NAME`, and
 # turns MLflow's telemetry off. The last step writes the stamp: without it, the next `make` begins again.
 packages:
-	@rm -f .venv/installed
 	@sed -n '/^uv==/,/^ *# via/p' requirements.txt > .venv/uv.txt
 	@PIP_USER=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check --target= --prefix="$$(pwd -P)/.venv" \
 	    --no-deps --require-hashes --requirement .venv/uv.txt

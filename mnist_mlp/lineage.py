@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import tempfile
 from pathlib import Path
@@ -71,6 +72,11 @@ def patch() -> bytes | None:
             return None
         changes = git("diff-index", "--cached", "--patch", "--binary", "--no-ext-diff", commit(), env=index)
     return None if changes.returncode else changes.stdout
+
+
+def changed_files(patch: bytes) -> list[str]:
+    """List the files that a patch changes."""
+    return re.findall(r"^diff --git a/.* b/(.*)$", patch.decode(errors="replace"), re.MULTILINE)
 
 
 def code_md5() -> str:

@@ -87,6 +87,9 @@ VARIABLE = (
 )  # fmt: skip
 
 
+SOURCES = ("data.mirrors", "data.timeout")  # where the data come from, which decides no byte
+
+
 class Params(Section):
     """The whole of ``params.yaml``; a section for each stage that has parameters."""
 

@@ -4,6 +4,8 @@ import json
 import re
 import tempfile
 from collections.abc import Callable
+from contextlib import redirect_stderr
+from io import StringIO
 from typing import Any
 
 import mlflow
@@ -19,6 +21,10 @@ from mnist_mlp.params import Params
 Classifier = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 NAME = "mnist-mlp"
 CHAMPION = "champion"
+ABOUT = (
+    f"Models of {data.NAME} that reach the target: raw images in, probabilities out. A version names its run and "
+    f"commit. `{CHAMPION}` is the best one: `make serve` answers from it, `make verify` proves it."
+)
 TAGS = ("git.commit", "data.digest", "model.md5")
 RUN = "run"
 OTHER_DATA = f"other data than {data.NAME} as mnist_mlp/data.py describes it"
@@ -62,9 +68,16 @@ def _version_of(run: Run) -> ModelVersion:
             if not _is_complete(version.tags.get(RUN)):
                 mlflow.MlflowClient().set_model_version_tag(NAME, version.version, RUN, run.info.run_id)
             return version
-    tags = {RUN: run.info.run_id} | {name: run.data.tags[name] for name in TAGS}
+    identity = run.info.run_id
+    tags = {RUN: identity} | {name: run.data.tags[name] for name in TAGS}
     tags |= {name: str(run.data.metrics[name]) for name in FIGURES if name in run.data.metrics}
-    return mlflow.register_model(f"models:/{tracking.model_of(run)}", NAME, tags=tags)
+    with redirect_stderr(StringIO()):  # MLflow's words on what `register` says
+        version = mlflow.register_model(f"models:/{tracking.model_of(run)}", NAME, tags=tags)
+    client, accuracy = mlflow.MlflowClient(), f"{run.data.metrics['accuracy']:.2%}"
+    if not client.get_registered_model(NAME).description:
+        client.update_registered_model(NAME, ABOUT)
+    about = f"Test accuracy {accuracy}, from run `{run.info.run_name}`. Prove it: `make verify MODEL={identity}`"
+    return client.update_model_version(NAME, version.version, about)
 
 
 def _decide() -> ModelVersion | None:

@@ -56,7 +56,8 @@ def main() -> None:
     version, classify = registry.load()
     gc.freeze()  # the libraries' objects stay; a search for garbage among them takes 0.4 s, while requests wait
     print(
-        f"serving {registry.NAME} version {version.version}, model {version.tags.get('model.md5', 'unknown')}",
+        f"serving {registry.NAME} version {version.version}, model {version.tags.get('model.md5', 'unknown')}\n"
+        f"POST images to http://127.0.0.1:{port}/invocations",
         flush=True,
     )
     try:

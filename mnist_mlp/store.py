@@ -6,7 +6,7 @@ import platform
 import re
 import sqlite3
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
@@ -23,16 +23,19 @@ from mlflow.entities import Experiment, Metric, Run, ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.store.db.utils import _get_latest_schema_revision, create_sqlalchemy_engine
 from mlflow.utils.credentials import get_default_host_creds
+from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 from mlflow.utils.rest_utils import http_request
 from mlflow.utils.time import get_current_time_millis
 from requests.utils import get_environ_proxies
 from sqlalchemy.exc import NoSuchModuleError, SQLAlchemyError
 
-from mnist_mlp import ROOT, UserError, published_history
+from mnist_mlp import HERE, PUBLISHED, ROOT, UserError, published_history
 
 EXPERIMENT = "mnist"
 STUDY = f"{EXPERIMENT}-study"  # an experiment of its own: its hundred runs would hide the pipeline's
 PUBLISHED_RUN = "published"
+COLOUR = "mlflow.runColor"  # a tag of a run
+SETTING = "setting"  # a tag in the study's experiment: which values a run has; the rows of MLflow's table
 SQLITE = "sqlite:///"
 # MLflow's remarks on tables that it creates, files that it does not find, and databases that refuse, with a hundred
 # lines of traceback. What matters of it is raised as well, and is said in one line.
@@ -170,15 +173,6 @@ def experiment_id(name: str = EXPERIMENT) -> str:
     return str(experiment.experiment_id)
 
 
-def page(experiment: str = EXPERIMENT) -> str:
-    """Say where to look at the runs of an experiment. MLflow's own start page is for language models."""
-    runs = f"#/experiments/{experiment_id(experiment)}?workflowType=machine_learning"
-    if CHOSEN.startswith("http"):
-        return f"{first_line(CHOSEN).rstrip('/')}/{runs}"
-    start = "mlflow ui" + (' --backend-store-uri "$MLFLOW_TRACKING_URI"' if CHOSEN else "")
-    return f"http://127.0.0.1:5000/{runs} (source .venv/bin/activate && {start})"
-
-
 def search(condition: str, view: int = ViewType.ACTIVE_ONLY, experiment: str = EXPERIMENT) -> list[Run]:
     """Find runs of an experiment, the newest first."""
     found: list[Run] = mlflow.search_runs(
@@ -239,20 +233,26 @@ def _follow_moved_folder(address: str, old: str, new: str) -> None:
 
 
 def _add_published_run(experiment: str) -> None:
-    """Add the tutorial's history once, so that charts can show it beside ours. If a user deletes it, it stays away."""
+    """Add the tutorial's history once, so that charts can show it beside ours. If a user deletes it, it stays away.
+
+    The colour is its last part: without it, the process that made the run was killed, or is of an older state.
+    """
     if not (history := published_history()):
         return
     client, named = mlflow.MlflowClient(), f"attributes.run_name = '{PUBLISHED_RUN}'"
     found = search(named, ViewType.ALL, experiment)
-    if any(run.data.metrics or run.info.lifecycle_stage == "deleted" for run in found):
+    if any(COLOUR in run.data.tags or run.info.lifecycle_stage == "deleted" for run in found):
         return
-    if found:  # the process that made it was killed before it could log anything
-        run = found[0]
-    else:
-        note = "The figures that the tutorial prints, from `data/published_history.csv`. No model belongs to them."
-        run = client.create_run(experiment_id(experiment), tags={"mlflow.note.content": note}, run_name=PUBLISHED_RUN)
-    client.log_batch(run.info.run_id, points(history))
-    client.set_terminated(run.info.run_id)
+    note = f"The figures that the tutorial prints, from `{PUBLISHED}`. No model belongs to them."
+    tags = {MLFLOW_RUN_NOTE: note, SETTING: PUBLISHED_RUN}
+    run = found[0] if found else client.create_run(experiment_id(experiment), tags=tags, run_name=PUBLISHED_RUN)
+    if not run.data.metrics:
+        client.log_batch(run.info.run_id, points(history))
+    with suppress(MlflowException, OSError):  # an extra: MLflow's page of comparison fails for a run without a file
+        client.log_artifact(run.info.run_id, str(HERE / PUBLISHED))
+    client.set_terminated(run.info.run_id, end_time=run.info.start_time)  # nothing was trained
+    client.set_tag(run.info.run_id, SETTING, PUBLISHED_RUN)
+    client.set_tag(run.info.run_id, COLOUR, "#000000")
     for late in [run for run in search(named, experiment=experiment) if run.data.metrics][:-1]:
         client.delete_run(late.info.run_id)  # another clone did the same at the same time
 
@@ -277,4 +277,6 @@ def _end_runs_of_killed_processes(experiment: str) -> None:
         except PermissionError:  # it exists, and is another user's
             continue
         except ProcessLookupError:
-            mlflow.MlflowClient().set_terminated(run.info.run_id, "KILLED")
+            client = mlflow.MlflowClient()
+            client.set_tag(run.info.run_id, MLFLOW_RUN_NOTE, "Its process was killed, or the machine went down.")
+            client.set_terminated(run.info.run_id, "KILLED")

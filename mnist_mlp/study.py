@@ -172,5 +172,5 @@ def _percents(values: list[float | None]) -> str:
 
 def _spread(row: dict[str, Any], show: Callable[[float | None], str]) -> str:
     if "values" in row:
-        return f"values {', '.join(map(show, row['values']))}"
+        return f"values {', '.join(map(show, row['values'])) or 'none'}"
     return f"95 % interval {' to '.join(map(show, row['interval']))}"

@@ -7,6 +7,8 @@ import argparse
 import random
 import sys
 
+from tqdm import tqdm
+
 from mnist_mlp import UserError, cluster, params, run_command, study
 from mnist_mlp.params import Params
 
@@ -46,8 +48,10 @@ def draw(config: Params, count: int) -> list[tuple[study.Row, study.Run]]:
 
 def check(config: Params, drawn: list[tuple[study.Row, study.Run]]) -> list[str]:
     """Train the runs again; give a line for each that comes out different, on its first difference."""
+    print(f"training again: {'; '.join(study.label(row) for row, _ in drawn)}", flush=True)
     differences = {}
-    for index, again in cluster.run_all([study.config_of(row, config) for row, _ in drawn]):
+    runs = cluster.run_all([study.config_of(row, config) for row, _ in drawn])
+    for index, again in tqdm(runs, "study-check", len(drawn), unit="run", disable=None, leave=False):
         row, run = drawn[index]
         if again != run:
             differences[index] = f"different: {study.label(row)}: {first_difference(run, again)}"

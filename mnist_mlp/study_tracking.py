@@ -5,7 +5,7 @@ after ``rm mlflow.db``, and prints what the study found.
 """
 
 import json
-import re
+import statistics
 from typing import Any
 
 import mlflow
@@ -15,7 +15,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NOTE
 from mlflow.utils.time import get_current_time_millis
 from tqdm import tqdm
 
-from mnist_mlp import UserError, lineage, params, run_command, store, study, tracking
+from mnist_mlp import UserError, lineage, pages, params, run_command, store, study, tracking
 from mnist_mlp.params import VARIABLE, Params
 
 
@@ -24,19 +24,21 @@ def main() -> None:
     config = params.load()
     study.check_parameters(config)
     _check_files(lineage.read_stages(study.LOCK.read_bytes()))
-    print(f"MLflow: {track(config)}")
-    print(f"        {store.page(store.STUDY)}")
+    name, outcome = track(config)
+    runs = study.read(study.RUNS.read_text(), study.HISTORY.read_text())
+    settings = dict.fromkeys(_setting(row, name) for row, _ in runs)
+    print(f"MLflow: {name} {outcome}\n{pages.lead(store.STUDY, list(settings))}")
     print(study.in_words(json.loads(study.SUMMARY.read_text())))
 
 
-def track(config: Params) -> str:
+def track(config: Params) -> tuple[str, str]:
     """Make MLflow's record of the study complete. A study that is there is not written again.
 
     Args:
         config: what the study was made with.
 
     Returns:
-        What came of it, for people.
+        The study's name in MLflow, and what came of it, for people.
 
     Raises:
         UserError: no MLflow store is available, or the tables are not those of a study with these parameters.
@@ -52,10 +54,9 @@ def track(config: Params) -> str:
             for parent in store.search(f"tags.`study.md5` = '{digest}'", experiment=store.STUDY):
                 if parent.info.status == "FINISHED":
                     added = _log_results(parent.info.run_id)
-                    return f"study {parent.info.run_name} {'has new results' if added else 'was complete'}"
+                    return parent.info.run_name, "has new results" if added else "was complete"
                 _delete(parent.info.run_id)  # its writer was stopped
-            name = _write(config, digest, study.read(*(table.decode() for table in tables)))
-            return f"study {name} is now complete"
+            return _write(config, digest, study.read(*(table.decode() for table in tables))), "is now complete"
     except (MlflowException, OSError) as error:
         raise UserError(f"MLflow refuses: {store.first_line(error)}; `make study` tries again") from None
 
@@ -68,17 +69,25 @@ def _check_files(stages: dict[str, Any]) -> None:
 
 def _write(config: Params, digest: str, runs: list[tuple[study.Row, study.Run]]) -> str:
     """Write the parent and a child for each run, in three requests a child."""
-    client, patch, name = mlflow.MlflowClient(), lineage.patch(), tracking.run_name()
+    client, patch = mlflow.MlflowClient(), lineage.patch()
+    name = f"study of {len(runs)}, {lineage.commit()[:7]}{'' if patch == b'' else '+'}"
     experiment = store.experiment_id(store.STUDY)
     tags = tracking.provenance(patch) | {"study.md5": digest}
     parent = client.create_run(experiment, tags=tags, run_name=name)
+    values = {name: config.flat()[name] for name in VARIABLE} | config.study.vary
+    client.log_batch(parent.info.run_id, params=[Param(key, str(value)) for key, value in values.items()])
     if patch:
         tracking.log_patch(parent.info.run_id, patch)
-    for row, run in tqdm(runs, "MLflow", unit="run", disable=None, leave=False):
+    by_seed = sorted(runs, key=lambda found: int(found[0]["seed"]))  # MLflow's page loads the first of each setting
+    for row, run in tqdm(by_seed, "MLflow", unit="run", disable=None, leave=False):
         member = study.config_of(row, config).flat()
         child = client.create_run(
             experiment,
-            tags={MLFLOW_PARENT_RUN_ID: parent.info.run_id, "model.md5": run.model_md5},
+            tags={
+                MLFLOW_PARENT_RUN_ID: parent.info.run_id,
+                "model.md5": run.model_md5,
+                store.SETTING: _setting(row, name),
+            },
             run_name=study.label(row),
         )
         history = [{"epoch": str(epoch)} | figures for epoch, figures in enumerate(run.history)]
@@ -88,10 +97,18 @@ def _write(config: Params, digest: str, runs: list[tuple[study.Row, study.Run]])
             metrics=store.points(history) + [Metric(name, float(text), now, 0) for name, text in run.metrics.items()],
             params=[Param(name, str(member[name])) for name in (*VARIABLE, "train.seed")],
         )
-        client.set_terminated(child.info.run_id, "FINISHED" if run.metrics else "FAILED")
+        # It was trained before, so from start to end no time has passed.
+        status = "FINISHED" if run.metrics else "FAILED"
+        client.set_terminated(child.info.run_id, status, end_time=child.info.start_time)
     _log_results(parent.info.run_id)
-    client.set_terminated(parent.info.run_id)
+    client.set_terminated(parent.info.run_id, end_time=parent.info.start_time)
     return name
+
+
+def _setting(row: study.Row, name: str) -> str:
+    """Name the values that a run has in a study, which is a row of MLflow's table."""
+    values = study.label(study.varied(row))
+    return f"{values} ({name})" if values else name
 
 
 def _log_results(run_id: str) -> bool:
@@ -108,13 +125,9 @@ def _log_results(run_id: str) -> bool:
         client.log_artifact(run_id, str(path), "plots")
     client.log_artifact(run_id, "params.yaml")
     summary = json.loads(study.SUMMARY.read_text())
-    for found in summary["settings"]:
-        # MLflow takes no brackets in a name. What stands before a slash becomes a section of the page.
-        section = re.sub(r"[^\w. -]", "_", found["setting"])
-        numbers = found["accuracy"] | {"share that reaches the target": found["target"]["share"]}
-        for name, value in numbers.items():
-            if isinstance(value, float):
-                client.log_metric(run_id, f"{section}/{name}", value)
+    means = [found["accuracy"]["mean"] for found in summary["settings"] if found["accuracy"]["mean"] is not None]
+    if means:
+        client.log_metric(run_id, "accuracy", statistics.mean(means))
     client.set_tag(run_id, MLFLOW_RUN_NOTE, study.in_words(summary))
     client.set_tag(run_id, "report.md5", digest)
     return True

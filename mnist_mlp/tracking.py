@@ -13,7 +13,6 @@ import os
 import platform
 import sys
 import tempfile
-import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -27,11 +26,16 @@ from mlflow.data.http_dataset_source import HTTPDatasetSource
 from mlflow.data.meta_dataset import MetaDataset
 from mlflow.entities import LoggedModelOutput, Run
 from mlflow.exceptions import MlflowException
+from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from mnist_mlp import HISTORY, METRICS, MODEL, PLOTS, ROOT, UserError, cpu, data, lineage, published_history, store
-from mnist_mlp.params import Params
+from mnist_mlp.params import SOURCES, Params
 
-PATCH = "uncommitted.patch"
+# Two files of a run: each with its name, of an ending that MLflow's page shows, and its name in runs of older states.
+LOCK = ("dvc.lock.yaml", "dvc.lock")
+PATCH = ("uncommitted.patch.txt", "uncommitted.patch")
 CLEAN = "none"  # the digest of no patch
 FILES = "files"  # a tag of a logged model: each file and its size
 
@@ -50,8 +54,11 @@ class LiveRun:
         """
         try:
             patch = lineage.patch()
-            self.run_id = mlflow.start_run(run_name=run_name(), tags=provenance(patch)).info.run_id
-            mlflow.log_params(config.flat())
+            started = "Not complete: `make track` adds the results."
+            tags = provenance(patch) | {MLFLOW_RUN_NOTE: started}
+            self.run_id = mlflow.start_run(run_name=run_name(config, patch), tags=tags).info.run_id
+            # MLflow's page keeps this order.
+            mlflow.log_params(dict(sorted(config.flat().items(), key=lambda item: item[0] in SOURCES)))
             source = HTTPDatasetSource(config.data.mirrors[0])
             dataset = MetaDataset(source, name=data.NAME, digest=data.DIGEST)  # type: ignore[abstract]
             mlflow.log_input(dataset, context="training")
@@ -61,21 +68,19 @@ class LiveRun:
         except (MlflowException, OSError) as error:
             self.lost = True
             raise UserError(f"MLflow refuses: {store.first_line(error)}") from None
-        self._since = time.perf_counter()
 
     def log_epoch(self, epoch: int, figures: Mapping[str, float]) -> None:
-        """Log one epoch's figures, with ``step`` = epoch, and the seconds since the epoch before."""
-        now = time.perf_counter()
-        seconds, self._since = now - self._since, now
-        # MLflow shows what begins with system/ on a page of its own, so that the page of metrics begins with ours.
-        self._send(mlflow.log_metrics, {**figures, "system/epoch_seconds": seconds}, step=epoch)
+        """Log one epoch's figures, with ``step`` = epoch. MLflow adds the time, which is an axis of its charts."""
+        self._send(mlflow.log_metrics, figures, step=epoch)
 
     def log_model(self, config: Params, weights: bytes) -> None:
         """Log the model that the weights make; see ``log_model`` below."""
         self._send(log_model, config, weights)
 
-    def end(self, status: str) -> None:
+    def end(self, status: str, reason: str) -> None:
         """Close the run. One that was lost has failed, but MLflow would close it as finished when the process ends."""
+        if reason:
+            self._send(mlflow.set_tag, MLFLOW_RUN_NOTE, reason)
         if not self.lost:
             self._send(mlflow.end_run, status)
         else:
@@ -103,24 +108,28 @@ def new_run(config: Params) -> Iterator[LiveRun]:
         UserError: no MLflow store is available.
     """
     store.connect()
-    live, status = LiveRun(), "FAILED"
+    live, status, reason = LiveRun(), "FAILED", ""
     try:
         live.start(config)
         yield live
         status = "FINISHED"
     except KeyboardInterrupt as error:
-        status = "KILLED"
+        status, reason = "KILLED", "Interrupted."
         traceback.clear_frames(error.__traceback__)  # they may hold a lock of SQLite, for which `end` would wait
         raise
+    except Exception as error:
+        reason = f"Failed: {store.first_line(error) or type(error).__name__}"
+        raise
     finally:
-        live.end(status)
+        live.end(status, reason)
 
 
 def log_patch(run_id: str, patch: bytes) -> None:
     """Store the changes that were not committed with a run."""
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, PATCH).write_bytes(patch)  # as bytes: a file in it need not be UTF-8
-        mlflow.MlflowClient().log_artifact(run_id, str(Path(folder, PATCH)))
+        file = Path(folder, PATCH[0])
+        file.write_bytes(patch)  # as bytes: a file in it need not be UTF-8
+        mlflow.MlflowClient().log_artifact(run_id, str(file))
 
 
 def log_model(config: Params, weights: bytes) -> None:
@@ -140,7 +149,7 @@ def log_model(config: Params, weights: bytes) -> None:
     digest = lineage.md5(weights)
     logged = mlflow.pytorch.log_model(
         net.ImageClassifier(model, config.data.mean, config.data.std).eval(),
-        name="model",
+        name=f"{store.EXPERIMENT}-{digest[:7]}",
         serialization_format="pt2",  # no pickle
         signature=ModelSignature(
             Schema([TensorSpec(np.dtype(np.uint8), (-1, *data.SHAPE))]),
@@ -190,8 +199,20 @@ def is_repeatable(run: Run) -> bool:
         found = {artifact.path for artifact in mlflow.MlflowClient().list_artifacts(run.info.run_id)}
     except (MlflowException, OSError):
         return False
-    needed = {"params.yaml", "dvc.lock"} | (set() if run.data.tags.get("git.patch.md5") == CLEAN else {PATCH})
-    return needed <= found and lineage.has_commit(run.data.tags.get("git.commit", lineage.UNKNOWN))
+    patch = [] if run.data.tags.get("git.patch.md5") == CLEAN else [PATCH]
+    whole = all(found.intersection(names) for names in (("params.yaml",), LOCK, *patch))
+    return whole and lineage.has_commit(run.data.tags.get("git.commit", lineage.UNKNOWN))
+
+
+def download(run_id: str, names: tuple[str, str], folder: Path) -> Path:
+    """Fetch a file of a run into a folder, by the first of its names that the run has.
+
+    Raises:
+        MlflowException, OSError: the run has no such file, or it cannot be read.
+    """
+    client = mlflow.MlflowClient()
+    found = {artifact.path for artifact in client.list_artifacts(run_id)}
+    return Path(client.download_artifacts(run_id, next((n for n in names if n in found), names[0]), str(folder)))
 
 
 def model_of(run: Run) -> str | None:
@@ -226,7 +247,8 @@ def _find(config: Params, digest: str) -> Run | None:
     git_fails = lineage.patch() is None  # otherwise, a run that was made when it failed gives way to a new one
     params = {name: str(value) for name, value in config.flat().items()}
     found = store.search(f"tags.`model.md5` = '{lineage.md5(MODEL.read_bytes())}' and status = 'FINISHED'")
-    for run in sorted(found, key=lambda run: "dvc.lock.md5" not in run.data.tags):  # a complete run before others
+    # Those that lack something come first: a training that was forced is completed, though an older run is the same.
+    for run in sorted(found, key=lambda run: "dvc.lock.md5" in run.data.tags):
         tags = run.data.tags
         if experiment and run.info.run_name != experiment:
             continue
@@ -268,35 +290,53 @@ def _log_results(run_id: str, config: Params, recorded: dict[str, Any], digest: 
     client.log_artifact(run_id, str(METRICS))
     for plot in sorted(PLOTS.glob("*.png")):
         client.log_artifact(run_id, str(plot), "plots")
-    client.log_text(run_id, yaml.safe_dump({"schema": "2.0", "stages": recorded}, sort_keys=False), "dvc.lock")
+    client.log_text(run_id, yaml.safe_dump({"schema": "2.0", "stages": recorded}, sort_keys=False), LOCK[0])
     # The mean of batches is the last point of test_acc already, and MLflow's page shows each metric before the curves.
     for name in {"accuracy", "validation_accuracy"} & metrics.keys():
         client.log_metric(run_id, name, metrics[name])
-    client.set_tag(run_id, "mlflow.note.content", _description(run_id, config, metrics))
+    client.set_tag(run_id, MLFLOW_RUN_NOTE, _description(run_id, config, metrics))
     client.set_tag(run_id, "dvc.lock.md5", digest)  # last: a run that has it is complete
 
 
 def _description(run_id: str, config: Params, metrics: Mapping[str, float]) -> str:
-    """Say in Markdown what the run is, and how to repeat it."""
-    published = "".join(f"; published: {row['test_acc']:.4%}" for row in published_history()[-1:])
+    """Say in Markdown what came out, and how to prove it; MLflow's page shows the first lines."""
+    published = "".join(f", published {row['test_acc']:.4%}" for row in published_history()[-1:])
     target = config.evaluate.target_accuracy
     reached = "reached" if metrics["accuracy"] >= target else "missed"
-    commit = mlflow.get_run(run_id).data.tags["git.commit"]  # the training's, since which the code may be committed
     return f"""\
-Test accuracy **{metrics["accuracy"]:.2%}** of {data.SIZES["t10k"]:,} images. The target of {target:.2%} is {reached}.
+Test accuracy **{metrics["accuracy"]:.2%}** of {data.SIZES["t10k"]:,} images: target {target:.2%} {reached}. \
+Mean of batches {metrics["batch_mean_accuracy"]:.4%}{published}.
 
-Mean over batches, as the tutorial counts: {metrics["batch_mean_accuracy"]:.4%}{published}.
-
-- Prove it: `make verify MODEL={run_id}`
-- Repeat it: `git checkout {commit}`, copy this run's artifact `params.yaml` there, \
-`git apply` its artifact `{PATCH}` if it has one, then `dvc repro`
+Prove it: `make verify MODEL={run_id}`
 """
 
 
-def run_name() -> str:
-    """Name a run as DVC's experiment, or else after branch and commit."""
-    branch = lineage.git("-C", str(ROOT), "rev-parse", "--abbrev-ref", "HEAD").stdout.decode().strip()
-    return os.environ.get("DVC_EXP_NAME") or f"{branch}-{lineage.commit()[:7]}"
+def run_name(config: Params, patch: bytes | None) -> str:
+    """Name a run as DVC's experiment, or else by what makes it: ``main-81cb9b3+ train.lr=0.05``.
+
+    That is the branch, the commit, a plus for changes that are not committed, and up to three parameters that are not
+    those of the commit.
+    """
+    if name := os.environ.get("DVC_EXP_NAME"):
+        return name
+    try:
+        committed = YAML(typ="safe").load(lineage.git("show", f"{lineage.commit()}:params.yaml").stdout)
+        before = {f"{section}.{key}": value for section, keys in committed.items() for key, value in keys.items()}
+    except (YAMLError, AttributeError):  # none, or another file
+        before = {}
+    changed = [
+        f"{name}={value}"
+        for name, value in config.flat().items()
+        if before and before.get(name) != value and name not in SOURCES
+    ]
+    more = ["..."] if len(changed) > 3 else []
+    edited = "" if patch is not None and set(lineage.changed_files(patch)) <= {"params.yaml"} else "+"
+    return " ".join([f"{branch()}-{lineage.commit()[:7]}{edited}", *changed[:3], *more])
+
+
+def branch() -> str:
+    """Name the repository's branch."""
+    return lineage.git("-C", str(ROOT), "rev-parse", "--abbrev-ref", "HEAD").stdout.decode().strip()
 
 
 def provenance(patch: bytes | None) -> dict[str, str]:
@@ -304,7 +344,7 @@ def provenance(patch: bytes | None) -> dict[str, str]:
     versions = {name: importlib.metadata.version(name) for name in ("torch", "mlflow", "dvc")}
     return versions | {
         "git.commit": lineage.commit(),
-        "git.branch": lineage.git("-C", str(ROOT), "rev-parse", "--abbrev-ref", "HEAD").stdout.decode().strip(),
+        "git.branch": branch(),
         "git.patch.md5": lineage.UNKNOWN if patch is None else lineage.md5(patch) if patch else CLEAN,
         "code.md5": lineage.code_md5(),
         "data.digest": data.DIGEST,

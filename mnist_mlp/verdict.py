@@ -10,6 +10,7 @@ import json
 import platform
 import re
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,8 @@ mean of batches {metrics["batch_mean_accuracy"]:.4%}{published}
 plots           {PLOTS}
 """)
     lines, expected = compare(config)
-    print(*lines, sep="\n")
+    for line in lines:
+        print(textwrap.fill(line, 80, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False))
     if check and not expected:
         sys.exit(1)
 
@@ -63,7 +65,7 @@ def compare(config: Params) -> tuple[list[str], bool]:
             lineage.recorded(config)
         except UserError as error:  # such as an edit that nobody has run
             return [f"the committed bytes, but {error}"], False
-        lines = ["reproduced: every byte of model, history, metrics and plots is the committed one"]
+        lines = ["reproduced: model, history, metrics and plots are the committed bytes"]
         same_lock = lineage.LOCK.read_bytes() == committed_lock
         if not same_lock:
             lines.append("dvc.lock has changed with parameters or code; commit it together with them")
@@ -96,7 +98,7 @@ def _edits(config: Params, to_blame: dict[str, Any], stages: dict[str, Any]) -> 
         return [*edits, "Git cannot tell which code files are edited"]
     used = lineage.dependencies(to_blame)
     elsewhere = lineage.dependencies({name: stage for name, stage in stages.items() if name not in to_blame})
-    edited = re.findall(r"^diff --git a/.* b/(.*)$", patch.decode(errors="replace"), re.MULTILINE)
+    edited = lineage.changed_files(patch)
     made = lineage.outputs(stages)
     stale = [
         path

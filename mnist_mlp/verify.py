@@ -204,7 +204,7 @@ def _check(run: Run) -> None:
 def _recorded_values(run: Run, folder: Path) -> Values:
     client, identity = mlflow.MlflowClient(), run.info.run_id
     try:
-        lock = Path(client.download_artifacts(identity, "dvc.lock", str(folder)))
+        lock = tracking.download(identity, tracking.LOCK, folder)
     except (MlflowException, OSError):
         raise UserError(
             f"the files of run {identity} are lost; `make track` makes a run of the present results"
@@ -298,13 +298,12 @@ def _clone(commit: str, folder: Path) -> Path:
 
 
 def _put_parameters_and_changes(run: Run, clone: Path) -> None:
-    client = mlflow.MlflowClient()
-    client.download_artifacts(run.info.run_id, "params.yaml", str(clone))
+    mlflow.MlflowClient().download_artifacts(run.info.run_id, "params.yaml", str(clone))
     if run.data.tags["git.patch.md5"] == tracking.CLEAN:
         return
-    patch = Path(client.download_artifacts(run.info.run_id, tracking.PATCH, str(clone.parent)))
+    patch = tracking.download(run.info.run_id, tracking.PATCH, clone.parent)
     if lineage.md5(patch.read_bytes()) != run.data.tags["git.patch.md5"]:
-        raise UserError(f"run {run.info.run_id}: its {tracking.PATCH} is damaged")
+        raise UserError(f"run {run.info.run_id}: its {patch.name} is damaged")
     _git("-C", str(clone), "apply", "--whitespace=nowarn", str(patch))
 
 

@@ -35,13 +35,14 @@ LIMIT = 64 << 20  # bytes: MNIST's largest file is smaller, so a mirror that sen
 def main() -> None:
     """Download each file that is missing or damaged."""
     data = params.load().data
+    mirrors = list(data.mirrors)
     _tidy()
     with tempfile.TemporaryDirectory() as scratch:
         for name in SHA256:
             if _sha256_of(RAW / name) == SHA256[name]:
                 print(f"{name}: there already", flush=True)
                 continue
-            write(RAW / name, fetch(name, data.mirrors, data.timeout, Path(scratch)))
+            write(RAW / name, fetch(name, mirrors, data.timeout, Path(scratch)))
 
 
 def _tidy() -> None:
@@ -65,7 +66,8 @@ def fetch(name: str, mirrors: list[str], timeout: float, scratch: Path) -> bytes
 
     Args:
         name: a key of ``SHA256``.
-        mirrors: the function tries them in this order.
+        mirrors: the function tries them in this order, and moves each that fails to the end: the next file then does
+            not wait for it again.
         timeout: seconds for each mirror.
         scratch: a temporary folder. An npm package stays there for the next file.
 
@@ -73,7 +75,7 @@ def fetch(name: str, mirrors: list[str], timeout: float, scratch: Path) -> bytes
         UserError: no mirror has the file. The text lists each mirror and what went wrong.
     """
     failures = []
-    for mirror in mirrors:
+    for mirror in list(mirrors):
         try:
             source = _npm(name, mirror, timeout, scratch) if mirror.startswith("npm:") else _url(name, mirror, timeout)
             if hashlib.sha256(source).hexdigest() != SHA256[name]:
@@ -82,6 +84,7 @@ def fetch(name: str, mirrors: list[str], timeout: float, scratch: Path) -> bytes
             reason = _reason(error)
             print(f"{name}: {mirror}: {reason}", flush=True)
             failures.append(f"{mirror} ({reason})")
+            mirrors.append(mirrors.pop(mirrors.index(mirror)))
         else:
             print(f"{name}: from {mirror}", flush=True)
             return source

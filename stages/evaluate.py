@@ -32,10 +32,8 @@ def main() -> None:
     write(PREDICTIONS, "actual,predicted,probability\n" + "".join(f"{a},{b},{c:.6f}\n" for a, b, c in rows))
 
     reached = "reached" if metrics["accuracy"] >= config.evaluate.target_accuracy else "missed"
-    print(
-        f"test accuracy {metrics['accuracy']:.2%} (mean over batches {metrics['batch_mean_accuracy']:.4%}), "
-        f"loss {metrics['loss']:.6f}: target {config.evaluate.target_accuracy:.2%} {reached}"
-    )
+    print(f"test accuracy {metrics['accuracy']:.2%}: target {config.evaluate.target_accuracy:.2%} {reached}")
+    print(f"mean of batches {metrics['batch_mean_accuracy']:.4%}, as the tutorial counts; loss {metrics['loss']:.6f}")
 
 
 if __name__ == "__main__":

@@ -44,7 +44,8 @@ def main() -> None:
         figures.save(curves(history, published, name, settings), study.PLOTS / f"{name}.png", config.plot.dpi)
     figures.save(dots(runs, published, target), study.PLOTS / "accuracy.png", config.plot.dpi)
 
-    print(f"{study.SUMMARY} and {len(FIGURES) + 1} plots; MLflow: {study_tracking.track(config)}")
+    name, outcome = study_tracking.track(config)
+    print(f"{study.SUMMARY} and {len(FIGURES) + 1} plots; MLflow: {name} {outcome}")
 
 
 def read(path: Any) -> pd.DataFrame:

@@ -4,23 +4,30 @@ The pipeline ends with it. ``make track`` runs it by itself: after ``rm mlflow.d
 it fills in from ``results/`` whatever is missing. Where nothing is missing it changes nothing.
 """
 
+import argparse
 import os
 from pathlib import Path
 
-from mnist_mlp import lineage, params, registry, run_command, store, tracking, write
+from mnist_mlp import lineage, pages, params, registry, run_command, store, tracking, write
 
 TRACKED = Path("results/tracked")  # for DVC: which results this repository's MLflow store has
 
 
 def main() -> None:
     """Complete the run, register the model, and say what came of it."""
+    parser = argparse.ArgumentParser(prog="python -m stages.track", description="Make MLflow's record complete.")
+    parser.add_argument("--news", action="store_true", help="say nothing where nothing is missing")
+    news = parser.parse_args().news
     config = params.load()
     run, added = tracking.track(config)
-    print(f"MLflow: run {run.info.run_name} {'is now' if added else 'was'} complete; {registry.register(run, config)}")
-    print(f"        {store.page()}")
-    if "DVC_EXP_NAME" in os.environ and not lineage.keeps_experiments():
-        print("        DVC keeps no experiment in a shallow clone, so only MLflow has it; type `git fetch --unshallow`")
+    decision = registry.register(run, config)
     write(TRACKED, run.data.tags["dvc.lock.md5"] + "\n")
+    if news and not added:
+        return
+    print(f"MLflow: run {run.info.run_name} {'is now' if added else 'was'} complete")
+    print(f"{decision}\n{pages.lead(store.EXPERIMENT)}")
+    if "DVC_EXP_NAME" in os.environ and not lineage.keeps_experiments():
+        print("DVC keeps no experiment in a shallow clone, so only MLflow has it;\ntype `git fetch --unshallow`")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Train the net by the tutorial's recipe: plain SGD on cross-entropy, tested after every epoch."""
 
+from collections.abc import Iterator, Mapping
+
 from tqdm import tqdm
 
 from mnist_mlp import HISTORY, MODEL, csv_text, net, params, run_command, tracking, training, write
@@ -17,8 +19,7 @@ def main() -> None:
             tqdm(epochs, "train", config.train.epochs, unit="epoch", disable=None, leave=False)
         ):
             row = training.rounded(figures)
-            shown = (f"{name.replace('_', ' ')} {value}" for name, value in row.items())
-            tqdm.write("  ".join([f"epoch {epoch:2d}", *shown]))
+            tqdm.write("  ".join([f"epoch {epoch:2d}", *in_words(figures)]))
             history.append({"epoch": str(epoch)} | row)
             run.log_epoch(epoch, {name: float(value) for name, value in row.items()})
 
@@ -26,6 +27,13 @@ def main() -> None:
         write(HISTORY, csv_text(history[0], history))
         write(MODEL, weights)
         run.log_model(config, weights)
+
+
+def in_words(figures: Mapping[str, float]) -> Iterator[str]:
+    """Give loss and accuracy of each set, so that an epoch is one line of 80 columns."""
+    for name in ("train", "val", "test"):
+        if f"{name}_loss" in figures:
+            yield f"{name} {figures[f'{name}_loss']:.4f} {100 * figures[f'{name}_acc']:5.2f} %"
 
 
 if __name__ == "__main__":

@@ -109,14 +109,18 @@ def test_the_commands_of_a_page_work_when_pasted_from_top_to_bottom(name: str, t
     (venv / "installed").unlink(missing_ok=True)
     (venv / "installed").write_text(f"{folder.resolve()}\n")
 
-    port = loopback.free_port()
+    port, run = loopback.free_port(), project.runs(folder)[0]
+    values = {":5001": f":{port}", "git checkout COMMIT": f"git checkout {run.data.tags['git.commit']}",
+              "RUN_ID": run.info.run_id}  # fmt: skip
     script = ["set -ex", "exec < <(yes)"]  # `dvc gc` asks
     for command in "".join(blocks(PAGES[name], "sh")).splitlines():
         if command == "make serve":  # in another terminal
             answer = f"curl --silent --retry 100 --retry-delay 1 --retry-connrefused http://127.0.0.1:{port}/health"
             script += [f"{command} &", 'trap "kill $!; wait $! || true" EXIT', answer]
         elif command not in NOT_RUN:
-            script.append(command.replace(":5001", f":{port}"))
+            for placeholder, value in values.items():
+                command = command.replace(placeholder, value)
+            script.append(command)
     paths = [path for path in os.environ["PATH"].split(os.pathsep) if Path(path) != project.BIN]  # not activated
     env = project.environment(PATH=os.pathsep.join(paths), BROWSER="true", PORT=str(port))
     project.run(folder, "bash", "-c", "\n".join(script), env=env)

@@ -362,3 +362,16 @@ def test_the_timeout_gives_up_npm_with_a_silent_registry(tmp_path: Path, server:
 @pytest.mark.usefixtures("raw")
 def test_a_machine_without_npm_is_reported_and_the_next_mirror_is_tried(tmp_path: Path, mirror: Path) -> None:
     assert_next_is_tried(tmp_path, "npm:digits@1.0.0", "npm is not installed", f"file://{mirror}", PATH=str(tmp_path))
+
+
+def test_a_mirror_that_fails_is_asked_and_named_once_and_then_comes_last(
+    tmp_path: Path, raw: Path, mirror: Path
+) -> None:
+    for name in SHA256:
+        (raw / name).unlink(missing_ok=True)
+    dead, good = "http://127.0.0.1:9/none", f"file://{mirror}"
+    status, out, _ = download(tmp_path, [dead, good])
+    assert status == 0
+    assert [line.partition(": ")[2] for line in out if dead not in line] == [f"from {good}"] * len(SHA256)
+    assert len(out) == len(SHA256) + 1
+    assert all(is_right(raw / name) for name in SHA256)

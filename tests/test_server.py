@@ -86,7 +86,7 @@ def test_the_pipeline_works_unchanged_and_its_results_outlive_the_server(
         assert run.info.status == "FINISHED"
         assert run.info.artifact_uri.startswith("mlflow-artifacts:")
         artifacts = {artifact.path for artifact in mlflow.MlflowClient().list_artifacts(run.info.run_id)}
-        assert artifacts >= {"params.yaml", "dvc.lock", "metrics.json", "plots"}
+        assert artifacts >= {"params.yaml", "dvc.lock.yaml", "metrics.json", "plots"}
         assert mlflow.pyfunc.load_model(f"models:/{registry.NAME}@{registry.CHAMPION}")
 
         project.edit(repository, {"train.epochs": 4})

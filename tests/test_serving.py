@@ -11,12 +11,13 @@ import mlflow
 import numpy as np
 import pytest
 import torch
+import uvicorn
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from mnist_mlp import UserError, data, net, params, registry, serve, store, tracking, training
 from tests import project
-from tests.loopback import running
+from tests.loopback import free_port, running
 
 ROOT = Path(__file__).parents[1]
 ROWS, COLUMNS = data.SHAPE
@@ -239,3 +240,13 @@ def test_a_pickled_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "CHAMPION", "pickled")
     with pytest.raises(UserError, match="pickle is disallowed"):
         registry.load()
+
+
+def test_the_server_says_its_address(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    port = free_port()
+    monkeypatch.setattr(sys, "argv", ["serve", "--port", str(port)])
+    monkeypatch.setattr(uvicorn.Server, "run", lambda *_, **__: None)
+    serve.main()
+    assert capsys.readouterr().out.splitlines()[-1].endswith(f" http://127.0.0.1:{port}/invocations")

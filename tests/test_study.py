@@ -113,6 +113,7 @@ def test_the_two_pipelines_do_not_run_each_other(repository: Path) -> None:
     assert project.stages_run(project.run(repository, *STUDY).stdout) == ["report"]
 
 
+@full
 def test_no_run_is_trained_twice(repository: Path, tmp_path: Path) -> None:
     """Neither with more seeds, nor with settings of which one is known, nor in a clone, which has only the tables."""
     clone = tmp_path / "a clone"
@@ -133,6 +134,7 @@ def test_no_run_is_trained_twice(repository: Path, tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+@full
 def test_runs_of_other_code_or_parameters_are_not_used(repository: Path) -> None:
     project.edit(repository, {"study.seeds": 1, "train.momentum": 0.5})
     assert trained(project.run(repository, *REPLICATE).stdout) == (1, 1)
@@ -195,6 +197,7 @@ def test_a_damaged_kept_run_is_trained_again(repository: Path) -> None:
     assert trained(project.run(repository, *REPLICATE).stdout) == (SEEDS, 2)
 
 
+@full
 def test_a_study_that_is_killed_goes_on_with_the_missing_runs(studied: Path, repository: Path) -> None:
     forget(repository)
     process = subprocess.Popen(
@@ -276,7 +279,7 @@ def dask_cluster(tmp_path: Path) -> Iterator[Cluster]:
     cluster.stop()
 
 
-@pytest.mark.full
+@full
 def test_a_cluster_gives_the_same_bytes_though_a_worker_dies_and_others_are_not_fit(
     studied: Path, repository: Path, dask_cluster: Cluster, tmp_path: Path
 ) -> None:
@@ -431,6 +434,7 @@ def test_ctrl_c_is_not_lost_while_the_local_cluster_starts(monkeypatch: pytest.M
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # if it came by way of another thread
 
 
+@full
 @pytest.mark.parametrize(
     "scheduler",
     ["none", *(pytest.param(scheduler, marks=full) for scheduler in ("without workers", "lost"))],
@@ -568,6 +572,7 @@ def test_a_study_whose_runs_all_diverge_is_a_study(repository: Path) -> None:
     assert "0 of 2 runs reach 50.00% (95 % interval of the share 0.00% to 65.76%)" in words
 
 
+@full
 def test_with_a_validation_set_settings_and_champion_are_chosen_by_it(repository: Path) -> None:
     project.edit(
         repository, {"data.validation": HELD_OUT, "study.seeds": 2, "study.vary": {"train.lr": [project.LR, 0.05]}}
@@ -606,7 +611,9 @@ def test_held_out_images_are_the_last_and_no_part_of_the_training(mnist: Path) -
 
 def test_study_check_says_identical_or_the_first_difference(repository: Path) -> None:
     done = project.run(repository, *CHECK)
-    assert re.search(r"^identical: seed \d; seed \d: every figure and the model's MD5$", done.stdout, re.MULTILINE)
+    first, last = done.stdout.splitlines()
+    assert re.fullmatch(r"training again: seed \d; seed \d", first)
+    assert re.fullmatch(r"identical: seed \d; seed \d: every figure and the model's MD5", last)
 
     table = repository / study.HISTORY
     table.write_text(re.sub(r"^(\d,1,.*,)0\.\d+$", r"\g<1>0.123456", table.read_text(), flags=re.MULTILINE))
@@ -737,6 +744,11 @@ def test_mlflow_has_one_parent_and_a_child_for_each_run_and_gets_them_once(repos
     client = mlflow.MlflowClient()
     row, child = rows(repository)[1], children["seed 2"]
     assert child.data.params["train.seed"] == "2"
+    assert child.info.start_time == child.info.end_time
+    assert child.data.tags["setting"] == parent.info.run_name
+    assert re.fullmatch(rf"study of {SEEDS}, [0-9a-f]{{7}}", parent.info.run_name)
+    assert parent.data.params["train.lr"] == child.data.params["train.lr"]
+    assert 0.5 < parent.data.metrics["accuracy"] < 1
     assert child.data.metrics["accuracy"] == float(row["accuracy"])
     assert child.data.tags["model.md5"] == row["model_md5"]
     points = client.get_metric_history(child.info.run_id, "test_loss")

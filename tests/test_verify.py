@@ -77,6 +77,7 @@ def test_a_figure_that_does_not_come_out_again_is_shown_with_both_values(reposit
     ]
 
 
+@pytest.mark.full
 def test_a_run_is_proved_with_code_that_is_committed_only_after_it_and_nothing_is_touched(repository: Path) -> None:
     """Edit, run, commit: the usual order. The change is stored with the run, and so are new files."""
     (repository / "mnist_mlp/new.py").write_text("TWICE = 2.0\n")
@@ -100,17 +101,17 @@ def test_a_run_is_proved_with_code_that_is_committed_only_after_it_and_nothing_i
     assert files(repository) == before
 
     artifacts = Path(new.info.artifact_uri.removeprefix("file://"))
-    lock = artifacts / "dvc.lock"
+    lock = artifacts / tracking.LOCK[0]
     (digest,) = re.findall(WRONG_DIGITS, lock.read_text())
     lock.write_text(lock.read_text().replace(digest, "f" * 32))
     done = verify(repository, new.info.run_id)
     assert done.returncode == 1, done.stderr
     assert f"results/plots/wrong_digits.png is {'f' * 32} in the run, {digest} here" in done.stdout
 
-    with (artifacts / tracking.PATCH).open("a") as patch:
+    with (artifacts / tracking.PATCH[0]).open("a") as patch:
         patch.write("\n")
     done = verify(repository, new.info.run_id)
-    line = f"verify: run {new.info.run_id}: its {tracking.PATCH} is damaged\n"
+    line = f"verify: run {new.info.run_id}: its {tracking.PATCH[0]} is damaged\n"
     assert (done.returncode, done.stderr) == (2, line)
 
 
@@ -147,6 +148,7 @@ class Nudged(torch.nn.Module):
         return torch.where(is_last, probabilities * (1 + 1e-6), probabilities)
 
 
+@pytest.mark.full
 def test_a_stored_model_that_computes_something_else_is_different(
     repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,6 +189,7 @@ def test_a_stored_model_that_computes_something_else_is_different(
     assert verification._model_hashes(CHAMPION)[WEIGHTS] != right[WEIGHTS]
 
 
+@pytest.mark.full
 def test_a_commit_is_proved_without_any_store(repository: Path, tmp_path: Path) -> None:
     """A reviewer's clone: nothing but Git and the data, and of the files in Git only those of the last commit."""
     clone = tmp_path / "a clone"
@@ -260,6 +263,7 @@ def test_a_commit_with_other_results_in_git_than_in_dvc_lock_is_different(reposi
     assert re.match(r"different: commit \w+\nresults/metrics.json is \w+ in Git, \w+ in dvc.lock\n$", done.stdout)
 
 
+@pytest.mark.full
 def test_a_broken_store_is_no_answer_but_advice_that_works(repository: Path) -> None:
     database = repository / "mlflow.db"
     database.write_text("It was a dark and stormy night; the rain fell in torrents.")
@@ -284,6 +288,7 @@ def test_an_error_that_nobody_expects_is_no_answer_and_named(
     assert refusal(repository, CHAMPION) == f"verify: KeyError: '{CHAMPION}'\n"
 
 
+@pytest.mark.full
 def test_a_model_whose_files_are_lost_is_no_answer_but_advice_that_works(
     repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -300,6 +305,7 @@ def test_a_model_whose_files_are_lost_is_no_answer_but_advice_that_works(
     assert verification._model_hashes(CHAMPION)[WEIGHTS] == lineage.md5(MODEL.read_bytes())
 
 
+@pytest.mark.full
 def test_a_run_whose_files_are_lost_is_no_answer_but_advice_that_works(repository: Path) -> None:
     project.run(repository, sys.executable, "-m", "stages.track")  # the copy is the store's place now
     (lost,) = project.runs(repository)
@@ -310,7 +316,7 @@ def test_a_run_whose_files_are_lost_is_no_answer_but_advice_that_works(repositor
     project.run(repository, sys.executable, "-m", "stages.track")
     new, _ = project.runs(repository)
     assert verification._find(CHAMPION).info.run_id == new.info.run_id
-    assert {artifact.path for artifact in mlflow.MlflowClient().list_artifacts(new.info.run_id)} >= {"dvc.lock"}
+    assert {artifact.path for artifact in mlflow.MlflowClient().list_artifacts(new.info.run_id)} >= {tracking.LOCK[0]}
 
 
 @pytest.mark.parametrize(

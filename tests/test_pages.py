@@ -1,0 +1,140 @@
+"""What people see first: MLflow's tables, DVC's page of plots, and a terminal of 80 columns."""
+
+import base64
+import json
+import re
+import sys
+import zlib
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+from mlflow.entities import Experiment
+from mlflow.exceptions import MlflowException
+
+from mnist_mlp import FIGURES, PUBLISHED, pages, params, store
+from tests import project
+
+TRACK = (sys.executable, "-m", "stages.track")
+WIDTH = 80
+
+
+@pytest.fixture
+def repository(finished: Path, tmp_path: Path) -> Path:
+    """A finished repository in another place, with its MLflow store."""
+    return project.copy(finished, tmp_path / "repository")
+
+
+def client(folder: Path) -> mlflow.MlflowClient:
+    mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
+    return mlflow.MlflowClient()
+
+
+def experiment(folder: Path, name: str = store.EXPERIMENT) -> Experiment:
+    found = client(folder).get_experiment_by_name(name)
+    assert found
+    return found
+
+
+def table(folder: Path) -> dict[str, Any]:
+    """Decode the view of the pipeline's runs, as MLflow's page does."""
+    view = json.loads(experiment(folder).tags[pages.TAG])
+    assert view["name"] == pages.VIEW
+    kind, _, state = view["state"].partition(";")
+    assert kind == "deflate"
+    found: dict[str, Any] = json.loads(zlib.decompress(base64.b64decode(state)))
+    return found
+
+
+def test_the_address_that_track_prints_opens_a_table_with_numbers_the_best_run_first(repository: Path) -> None:
+    *_, start, address = project.run(repository, *TRACK).stdout.splitlines()
+    assert start == f"to see it: cd {repository} && {project.BIN}/mlflow ui"
+    identity = experiment(repository).experiment_id
+    assert address == (
+        f"http://127.0.0.1:5000/#/experiments/{identity}/runs?workflowType=machine_learning&viewStateShareKey=results"
+    )
+    found = table(repository)
+    assert (found["orderByKey"], found["orderByAsc"]) == ("metrics.`accuracy`", False)
+    (run,) = project.runs(repository)
+    for column in found["selectedColumns"]:
+        kind, name = re.fullmatch(r"(metrics|params)\.`(.*)`", column).groups()  # type: ignore[union-attr]
+        assert name in getattr(run.data, kind)
+    assert "*Model training* once" in experiment(repository).tags["mlflow.note.content"]
+
+
+def test_the_view_is_of_the_mlflow_that_is_installed_by_the_lock() -> None:
+    """After a renewal of the libraries: look at the page, then name the new release."""
+    assert f"mlflow=={pages.RELEASE} " in (project.REPOSITORY / "requirements.txt").read_text()
+
+
+def test_a_server_of_another_release_gets_no_view_and_one_that_refuses_it_fails_no_run(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "ROOT", repository)
+    monkeypatch.setattr(pages, "ROOT", repository)
+    store.connect()
+    assert "viewStateShareKey" in pages.lead(store.EXPERIMENT)
+    monkeypatch.setattr(pages, "RELEASE", "0.0")
+    assert "viewStateShareKey" not in pages.lead(store.EXPERIMENT)
+    monkeypatch.undo()
+    monkeypatch.setattr(pages, "ROOT", repository)
+
+    def refuse(*_: object) -> None:
+        raise MlflowException("no more tags")
+
+    monkeypatch.setattr(mlflow.MlflowClient, "set_experiment_tag", refuse)
+    monkeypatch.setattr(pages, "VIEW", "another")
+    monkeypatch.setattr(pages, "TAG", "another")
+    assert pages.lead(store.EXPERIMENT).endswith("workflowType=machine_learning")
+
+
+@pytest.mark.recipe
+def test_the_published_run_can_be_compared_and_is_black_also_in_a_store_of_an_earlier_state(repository: Path) -> None:
+    found = client(repository)
+    (published,) = found.search_runs([experiment(repository).experiment_id], "attributes.run_name = 'published'")
+    identity, points = published.info.run_id, found.get_metric_history(published.info.run_id, "test_acc")
+    assert published.data.tags["mlflow.runColor"] == "#000000"
+    assert [artifact.path for artifact in found.list_artifacts(identity)] == [PUBLISHED.name]
+    found.delete_tag(identity, "mlflow.runColor")
+    project.run(repository, *TRACK)
+    assert found.get_run(identity).data.tags["mlflow.runColor"] == "#000000"
+    assert found.get_metric_history(identity, "test_acc") == points
+
+
+def test_a_runs_page_begins_with_the_recipe_and_ends_with_where_the_data_come_from(finished: Path) -> None:
+    (run,) = project.runs(finished)
+    names = list(run.data.params)
+    assert names[-2:] == list(params.SOURCES)
+    (version,) = client(finished).search_model_versions("name LIKE '%'")
+    assert f"make verify MODEL={run.info.run_id}" in (version.description or "")
+    assert "champion" in (client(finished).get_registered_model(version.name).description or "")
+    assert run.outputs is not None
+    (logged,) = run.outputs.model_outputs
+    assert client(finished).get_logged_model(logged.model_id).name == f"mnist-{run.data.tags['model.md5'][:7]}"
+
+
+def test_dvc_shows_each_figure_once_ours_and_the_published_one(finished: Path) -> None:
+    shown = json.loads(project.run(finished, "dvc", "plots", "show", "--json").stdout)["data"]
+    shown = {name.removeprefix("dvc.yaml::"): plots for name, plots in shown.items()}
+    curves = [name.replace("_", " ") for name in FIGURES]
+    assert shown.keys() == {*curves, "confusion", "results/history.csv"}
+    for name, figure in zip(curves, FIGURES, strict=True):
+        content = shown[name][0]["content"]
+        assert {row["filename"] for row in content["data"]["values"]} == {"results/history.csv", str(PUBLISHED)}
+        assert f"'field': '{figure}'" in str(content)
+    axes = shown["confusion"][0]["content"]["spec"]["encoding"]
+    assert (axes["x"]["field"], axes["y"]["field"]) == ("predicted", "actual")  # as in the picture
+
+
+def test_a_terminal_of_80_columns_is_wide_enough_and_is_told_each_thing_once(repository: Path) -> None:
+    (repository / "mlflow.db").unlink()
+    output = project.run(repository, "dvc", "repro", "--force").stdout
+    ours = [line for line in output.splitlines() if not line.startswith(("to see it: ", "http://"))]
+    assert [line for line in ours if len(line) > WIDTH] == []
+    number = r"\d\.\d{4} +\d+\.\d\d %"
+    epochs = [line for line in ours if re.fullmatch(rf"epoch +\d+  train {number}  test {number}", line)]
+    assert len(epochs) == project.SMALL["train.epochs"]
+    assert output.count("MLflow: ") == output.count("http://") == 1
+    assert project.run(repository, *TRACK, "--news").stdout == ""
+    assert "loading PyTorch" in output
