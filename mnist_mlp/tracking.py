@@ -322,7 +322,7 @@ def run_name(config: Params, patch: bytes | None) -> str:
     try:
         committed = YAML(typ="safe").load(lineage.git("show", f"{lineage.commit()}:params.yaml").stdout)
         before = {f"{section}.{key}": value for section, keys in committed.items() for key, value in keys.items()}
-    except (YAMLError, AttributeError):  # none, or another file
+    except (YAMLError, AttributeError, ValueError):  # none, or another file
         before = {}
     changed = [
         f"{name}={value}"

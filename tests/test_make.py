@@ -92,7 +92,7 @@ def test_repro_checks_the_parameters_first_and_completes_mlflow_and_verify_takes
     done = run(folder, "make", "-n", "repro", "verify", "MODEL=HEAD")
     steps = [line.removeprefix(".venv/bin/") for line in done.stdout.splitlines() if line.startswith(".venv/bin/")]
     assert steps == [
-        "python -m mnist_mlp.params", "dvc repro", "python -m stages.track", "python -m mnist_mlp.verdict",
+        "python -m mnist_mlp.params", "dvc repro", "python -m stages.track --news", "python -m mnist_mlp.verdict",
         "python -m mnist_mlp.verify 'HEAD'",
     ]  # fmt: skip
 
