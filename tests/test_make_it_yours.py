@@ -122,8 +122,8 @@ def walk(folder: Path, mirror: Path) -> None:
         ("    for name, figure", f"{call}    for name, figure"),
         ("def confusion_matrix(", f"{PLOT}def confusion_matrix("),
     )
-    plot = "    - results/plots/test_acc.png:\n        cache: false\n"
-    edit(folder, "dvc.yaml", (plot, plot.replace("test_acc", "confidence") + plot))
+    plot, ours = "    - results/plots/confusion_matrix.png\n", "    - results/plots/confidence.png:\n        cache: false\n"
+    edit(folder, "dvc.yaml", (plot, ours + plot))
 
     # 8. Other names
     edit(folder, "mnist_mlp/store.py", ('EXPERIMENT = "mnist"', 'EXPERIMENT = "patches"'))

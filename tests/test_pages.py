@@ -111,9 +111,10 @@ def test_a_runs_page_begins_with_the_recipe_and_ends_with_where_the_data_come_fr
     assert "champion" in (client(finished).get_registered_model(version.name).description or "")
     assert run.outputs is not None
     (logged,) = run.outputs.model_outputs
-    assert client(finished).get_logged_model(logged.model_id).name == f"mnist-{run.data.tags['model.md5'][:7]}"
+    assert client(finished).get_logged_model(logged.model_id).name == f"{store.EXPERIMENT}-{run.data.tags['model.md5'][:7]}"
 
 
+@pytest.mark.recipe
 def test_dvc_shows_each_figure_once_ours_and_the_published_one(finished: Path) -> None:
     shown = json.loads(project.run(finished, "dvc", "plots", "show", "--json").stdout)["data"]
     shown = {name.removeprefix("dvc.yaml::"): plots for name, plots in shown.items()}

@@ -150,6 +150,7 @@ def test_files_of_editors_and_systems_make_no_stage_due_and_are_no_mistake(repos
     project.run(repository, *ONE_STAGE, "download")
 
 
+@pytest.mark.recipe
 def test_dvc_freeze_and_unfreeze_leave_the_pipelines_files_as_they_were(repository: Path) -> None:
     """They are in DVC's own layout, so that `git diff` shows only what somebody meant to change."""
     files = [repository / path for path in ("dvc.yaml", "study/dvc.yaml")]

@@ -114,9 +114,9 @@ def test_a_training_is_continued_after_a_commit_of_its_code_and_not_with_another
     assert_complete(repository, new)
     project.run(repository, sys.executable, "-m", "stages.train")  # once more, by hand
     assert "is now complete" in project.run(repository, *TRACK).stdout
-    assert f"run {new.info.run_name} was complete" in project.run(repository, *TRACK).stdout
     again, *_ = project.runs(repository)
     assert again.info.run_id != new.info.run_id
+    assert f"run {again.info.run_name} was complete" in project.run(repository, *TRACK).stdout
     assert_complete(repository, again)
     done = project.run(repository, sys.executable, "-m", "mnist_mlp.verify", new.info.run_id)
     assert "identical" in done.stdout

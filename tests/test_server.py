@@ -79,7 +79,7 @@ def test_the_pipeline_works_unchanged_and_its_results_outlive_the_server(
         project.run(repository, "dvc", "repro", "--force", "train", env=env)
         output = project.run(repository, *TRACK, env=env).stdout
         identity = runs(port)[0].info.experiment_id
-        assert f"http://127.0.0.1:{port}/#/experiments/{identity}?workflowType=machine_learning" in output
+        assert f"\nhttp://127.0.0.1:{port}/#/experiments/{identity}/runs?" in output
         assert project.contents(repository) == project.contents(finished)
         assert not (repository / "mlflow.db").exists()
         (run,) = runs(port)

@@ -87,11 +87,12 @@ def test_dvc_keeps_no_experiment_in_a_shallow_clone_which_is_said(repository: Pa
     project.run(clone, "git", "config", "user.name", "test")
     project.run(clone, "git", "config", "user.email", "test@localhost")
     experiment = ("dvc", "exp", "run", "--temp", "--name", "tried", "-S", "plot.dpi=80")
-    line = "DVC keeps no experiment in a shallow clone, so only MLflow has it; type `git fetch --unshallow`"
+    advice = "git fetch --unshallow"
+    line = f"DVC keeps no experiment in a shallow clone, so only MLflow has it;\ntype `{advice}`"
     assert line in project.run(clone, *experiment).stdout
     assert [run.info.run_name for run in project.runs(clone)] == ["tried"]
     assert "tried" not in project.run(clone, "dvc", "exp", "list").stdout
-    project.run(clone, *line.split("`")[1].split())
+    project.run(clone, *advice.split())
     assert line not in project.run(clone, *experiment).stdout
     assert "tried" in project.run(clone, "dvc", "exp", "list").stdout
 
