@@ -122,8 +122,8 @@ def walk(folder: Path, mirror: Path) -> None:
         ("    for name, figure", f"{call}    for name, figure"),
         ("def confusion_matrix(", f"{PLOT}def confusion_matrix("),
     )
-    plot, ours = "    - results/plots/confusion_matrix.png\n", "    - results/plots/confidence.png:\n        cache: false\n"
-    edit(folder, "dvc.yaml", (plot, ours + plot))
+    plot = "    - results/plots/confusion_matrix.png\n"
+    edit(folder, "dvc.yaml", (plot, f"    - results/plots/confidence.png:\n        cache: false\n{plot}"))
 
     # 8. Other names
     edit(folder, "mnist_mlp/store.py", ('EXPERIMENT = "mnist"', 'EXPERIMENT = "patches"'))

@@ -111,7 +111,8 @@ def test_a_runs_page_begins_with_the_recipe_and_ends_with_where_the_data_come_fr
     assert "champion" in (client(finished).get_registered_model(version.name).description or "")
     assert run.outputs is not None
     (logged,) = run.outputs.model_outputs
-    assert client(finished).get_logged_model(logged.model_id).name == f"{store.EXPERIMENT}-{run.data.tags['model.md5'][:7]}"
+    name = f"{store.EXPERIMENT}-{run.data.tags['model.md5'][:7]}"
+    assert client(finished).get_logged_model(logged.model_id).name == name
 
 
 @pytest.mark.recipe
