@@ -28,10 +28,10 @@ repro: clone setup  ## run what is due of the pipeline, and say what came out
 study: clone setup  ## train the recipe with many seeds, and describe what comes out
 	@$(BIN)/python -m mnist_mlp.params
 	@$(BIN)/dvc repro study/dvc.yaml
-	@$(BIN)/python -m mnist_mlp.study_tracking
+	@$(BIN)/python -m mnist_mlp.study.tracking
 
 study-check: clone setup  ## train RUNS (2) of the study's runs again, drawn at random, and compare
-	@$(BIN)/python -m mnist_mlp.study_check --runs '$(RUNS)'
+	@$(BIN)/python -m mnist_mlp.study.check --runs '$(RUNS)'
 
 test: clone setup  ## lint, check the types and run the quick tests; WITHOUT=recipe leaves out those of our recipe
 	@$(BIN)/ruff check

@@ -17,7 +17,8 @@ from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE  # an experiment's note has
 from mlflow.utils.rest_utils import http_request
 from mlflow.utils.time import get_current_time_millis
 
-from mnist_mlp import ROOT, store
+from lineage import ROOT
+from mnist_mlp import store
 
 # MLflow keeps named views of a table in tags of the experiment, in a format that is documented nowhere. This release
 # is the one with which we looked at ours; with another, no view is better than a broken one.

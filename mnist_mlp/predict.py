@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from scipy import ndimage
 
-from mnist_mlp import CALLER, UserError, data, registry, run_command
+from lineage import CALLER, UserError, run_command
+from mnist_mlp import registry
+from mnist_mlp.recipe import data
 
 CUT = "cut the picture so that it shows one digit and plain paper all around it"
 

@@ -15,8 +15,10 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from numpy.typing import NDArray
 
-from mnist_mlp import HERE, METRICS, UserError, data, params, store, tracking
+from lineage import HERE, UserError
+from mnist_mlp import params, store, tracking
 from mnist_mlp.params import Params
+from mnist_mlp.recipe import METRICS, data
 
 Classifier = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 NAME = "mnist-mlp"
@@ -27,7 +29,7 @@ ABOUT = (
 )
 TAGS = ("git.commit", "data.digest", "model.md5")
 RUN = "run"
-OTHER_DATA = f"other data than {data.NAME} as mnist_mlp/data.py describes it"
+OTHER_DATA = f"other data than {data.NAME} as mnist_mlp/recipe/data.py describes it"
 FIGURES = ("validation_accuracy", "accuracy")  # to choose by: the first that a version has
 
 

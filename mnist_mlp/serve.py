@@ -22,7 +22,9 @@ from mlflow.entities.model_registry import ModelVersion
 from pydantic import BaseModel, FailFast, Field, ValidationError
 from starlette.requests import ClientDisconnect
 
-from mnist_mlp import UserError, data, registry, run_command
+from lineage import UserError, run_command
+from mnist_mlp import registry
+from mnist_mlp.recipe import data
 
 LIMIT = 32 << 20  # bytes of a request: MNIST's test images fit, and their JSON takes less than 1 GB and 1 s to read
 

@@ -29,7 +29,9 @@ from mlflow.utils.time import get_current_time_millis
 from requests.utils import get_environ_proxies
 from sqlalchemy.exc import NoSuchModuleError, SQLAlchemyError
 
-from mnist_mlp import HERE, PUBLISHED, ROOT, UserError, published_history
+from lineage import HERE, ROOT, UserError
+from mnist_mlp.recipe import PUBLISHED
+from mnist_mlp.recipe.history import published_history
 
 EXPERIMENT = "mnist"
 STUDY = f"{EXPERIMENT}-study"  # an experiment of its own: its hundred runs would hide the pipeline's

@@ -30,8 +30,13 @@ from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from mnist_mlp import HISTORY, METRICS, MODEL, PLOTS, ROOT, UserError, cpu, data, lineage, published_history, store
-from mnist_mlp.params import SOURCES, Params
+import lineage
+from lineage import ROOT, UserError, cpu, git, lock
+from mnist_mlp import store
+from mnist_mlp.params import Params
+from mnist_mlp.recipe import HISTORY, METRICS, MODEL, PLOTS, data
+from mnist_mlp.recipe.history import published_history
+from mnist_mlp.recipe.params import SOURCES
 
 # Two files of a run: each with its name, of an ending that MLflow's page shows, and its name in runs of older states.
 LOCK = ("dvc.lock.yaml", "dvc.lock")
@@ -53,7 +58,7 @@ class LiveRun:
             UserError: MLflow refuses.
         """
         try:
-            patch = lineage.patch()
+            patch = git.patch()
             started = "Not complete: `make track` adds the results."
             tags = provenance(patch) | {MLFLOW_RUN_NOTE: started}
             self.run_id = mlflow.start_run(run_name=run_name(config, patch), tags=tags).info.run_id
@@ -142,7 +147,7 @@ def log_model(config: Params, weights: bytes) -> None:
     from mlflow.models import ModelSignature  # here: these load PyTorch, which takes seconds, and track rarely needs it
     from mlflow.types import Schema, TensorSpec
 
-    from mnist_mlp import net
+    from mnist_mlp.recipe import net
 
     model = net.mlp(config.model.hidden)
     net.load_weights(model, weights, str(MODEL))
@@ -173,7 +178,7 @@ def track(config: Params) -> tuple[Run, bool]:
     Raises:
         UserError: the results are not those of the present code and parameters, or MLflow cannot take them.
     """
-    recorded = lineage.recorded(config)
+    recorded = lock.recorded(config.flat())
     store.connect()
     try:
         with store.lock():  # a second process waits, and then finds the run
@@ -201,7 +206,7 @@ def is_repeatable(run: Run) -> bool:
         return False
     patch = [] if run.data.tags.get("git.patch.md5") == CLEAN else [PATCH]
     whole = all(found.intersection(names) for names in (("params.yaml",), LOCK, *patch))
-    return whole and lineage.has_commit(run.data.tags.get("git.commit", lineage.UNKNOWN))
+    return whole and git.has_commit(run.data.tags.get("git.commit", git.UNKNOWN))
 
 
 def download(run_id: str, names: tuple[str, str], folder: Path) -> Path:
@@ -243,8 +248,8 @@ def _files(model_id: str, folder: str | None = None) -> dict[str, int]:
 
 def _find(config: Params, digest: str) -> Run | None:
     """Find the run of the present state: the same code, parameters and model, and the same DVC experiment if any."""
-    code, experiment = lineage.code_md5(), os.environ.get("DVC_EXP_NAME")
-    git_fails = lineage.patch() is None  # otherwise, a run that was made when it failed gives way to a new one
+    code, experiment = git.code_md5(), os.environ.get("DVC_EXP_NAME")
+    git_fails = git.patch() is None  # otherwise, a run that was made when it failed gives way to a new one
     params = {name: str(value) for name, value in config.flat().items()}
     found = store.search(f"tags.`model.md5` = '{lineage.md5(MODEL.read_bytes())}' and status = 'FINISHED'")
     # Those that lack something come first: a training that was forced is completed, though an older run is the same.
@@ -256,7 +261,7 @@ def _find(config: Params, digest: str) -> Run | None:
             # The hashes of all code, data, parameters and results.
             same = tags["dvc.lock.md5"] == digest and (git_fails or is_repeatable(run))
         else:
-            known = lineage.UNKNOWN not in (code, tags.get("git.patch.md5"))
+            known = git.UNKNOWN not in (code, tags.get("git.patch.md5"))
             same = known and tags.get("code.md5") == code and run.data.params == params
         if same and model_of(run):
             return run
@@ -320,7 +325,7 @@ def run_name(config: Params, patch: bytes | None) -> str:
     if name := os.environ.get("DVC_EXP_NAME"):
         return name
     try:
-        committed = YAML(typ="safe").load(lineage.git("show", f"{lineage.commit()}:params.yaml").stdout)
+        committed = YAML(typ="safe").load(git.run("show", f"{git.commit()}:params.yaml").stdout)
         before = {f"{section}.{key}": value for section, keys in committed.items() for key, value in keys.items()}
     except (YAMLError, AttributeError, ValueError):  # none, or another file
         before = {}
@@ -330,23 +335,23 @@ def run_name(config: Params, patch: bytes | None) -> str:
         if before and before.get(name) != value and name not in SOURCES
     ]
     more = ["..."] if len(changed) > 3 else []
-    edited = "" if patch is not None and set(lineage.changed_files(patch)) <= {"params.yaml"} else "+"
-    return " ".join([f"{branch()}-{lineage.commit()[:7]}{edited}", *changed[:3], *more])
+    edited = "" if patch is not None and set(git.changed_files(patch)) <= {"params.yaml"} else "+"
+    return " ".join([f"{branch()}-{git.commit()[:7]}{edited}", *changed[:3], *more])
 
 
 def branch() -> str:
     """Name the repository's branch."""
-    return lineage.git("-C", str(ROOT), "rev-parse", "--abbrev-ref", "HEAD").stdout.decode().strip()
+    return git.run("-C", str(ROOT), "rev-parse", "--abbrev-ref", "HEAD").stdout.decode().strip()
 
 
 def provenance(patch: bytes | None) -> dict[str, str]:
     """Say what makes the run: which code, data, versions, machine and process."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "mlflow", "dvc")}
     return versions | {
-        "git.commit": lineage.commit(),
+        "git.commit": git.commit(),
         "git.branch": branch(),
-        "git.patch.md5": lineage.UNKNOWN if patch is None else lineage.md5(patch) if patch else CLEAN,
-        "code.md5": lineage.code_md5(),
+        "git.patch.md5": git.UNKNOWN if patch is None else lineage.md5(patch) if patch else CLEAN,
+        "code.md5": git.code_md5(),
         "data.digest": data.DIGEST,
         "python": platform.python_version(),
         "cpu": cpu(),

@@ -14,8 +14,12 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from mnist_mlp import HAS_AVX2, METRICS, PLOTS, UserError, data, lineage, params, published_history, run_command
+import lineage
+from lineage import UserError, git, lock, run_command
+from mnist_mlp import params
 from mnist_mlp.params import Params
+from mnist_mlp.recipe import HAS_AVX2, METRICS, PLOTS, data
+from mnist_mlp.recipe.history import published_history
 
 
 def main() -> None:
@@ -31,7 +35,7 @@ def main() -> None:
     try:
         metrics = json.loads(METRICS.read_text())
     except ValueError:
-        raise UserError(f"{METRICS} {lineage.DAMAGED}") from None
+        raise UserError(f"{METRICS} {lock.DAMAGED}") from None
     published = "".join(f", published {row['test_acc']:.4%}" for row in published_history()[-1:])
     reached = "reached" if metrics["accuracy"] >= config.evaluate.target_accuracy else "missed"
     print(f"""
@@ -52,28 +56,28 @@ def compare(config: Params) -> tuple[list[str], bool]:
     Returns:
         What to tell the user, and whether this is as it should be for committed parameters and code.
     """
-    committed_lock = _committed(lineage.LOCK)
+    committed_lock = _committed(lock.LOCK)
     if committed_lock is None:
         return ["no results are committed yet; `git add dvc.lock results && git commit` keeps these"], True
-    stages = lineage.locked_stages(committed_lock, Path("dvc.yaml").read_bytes())
-    committed = lineage.outputs(stages)
+    stages = lock.locked_stages(committed_lock, Path("dvc.yaml").read_bytes())
+    committed = lock.outputs(stages)
     if missing := [path for path in committed if not Path(path).exists()]:
         return [f"incomplete: {', '.join(missing)} missing; `dvc repro` makes what is missing"], False
     different = [path for path, md5 in committed.items() if lineage.file_md5(path) != md5]
     if not different:
         try:
-            lineage.recorded(config)
+            lock.recorded(config.flat())
         except UserError as error:  # such as an edit that nobody has run
             return [f"the committed bytes, but {error}"], False
         lines = ["reproduced: model, history, metrics and plots are the committed bytes"]
-        same_lock = lineage.LOCK.read_bytes() == committed_lock
+        same_lock = lock.LOCK.read_bytes() == committed_lock
         if not same_lock:
             lines.append("dvc.lock has changed with parameters or code; commit it together with them")
         return lines, same_lock
     named = ", ".join(different[:3]) + (" ..." if len(different) > 3 else "")
     lines = [f"different: {len(different)} of {len(committed)} files are not the committed ones: {named}"]
     # A stage whose results are all as they were has no part in it, such as `download` with another mirror.
-    to_blame = {name: stage for name, stage in stages.items() if lineage.outputs({name: stage}).keys() & {*different}}
+    to_blame = {name: stage for name, stage in stages.items() if lock.outputs({name: stage}).keys() & {*different}}
     if edits := _edits(config, to_blame, stages):
         return [*lines, *(f"likely reason: {edit}" for edit in edits)], False
     reason = _other_arithmetic(config)
@@ -90,16 +94,16 @@ def _edits(config: Params, to_blame: dict[str, Any], stages: dict[str, Any]) -> 
         to_blame: the stages whose results are others.
         stages: all stages of the committed ``dvc.lock``.
     """
-    after, before = config.flat(), lineage.parameters(to_blame)
+    after, before = config.flat(), lock.parameters(to_blame)
     changed = [name for name in before if after.get(name) != before[name]]
     edits = [f"{name} is {after.get(name)}, in the committed dvc.lock {before[name]}" for name in changed]
-    patch = lineage.patch()
+    patch = git.patch()
     if patch is None:
         return [*edits, "Git cannot tell which code files are edited"]
-    used = lineage.dependencies(to_blame)
-    elsewhere = lineage.dependencies({name: stage for name, stage in stages.items() if name not in to_blame})
-    edited = lineage.changed_files(patch)
-    made = lineage.outputs(stages)
+    used = lock.dependencies(to_blame)
+    elsewhere = lock.dependencies({name: stage for name, stage in stages.items() if name not in to_blame})
+    edited = git.changed_files(patch)
+    made = lock.outputs(stages)
     stale = [
         path
         for path, md5 in used.items()
@@ -133,14 +137,14 @@ def _other_versions() -> str | None:
 
 def _other_layers(config: Params) -> str:
     """Name the layers of the net whose bytes are not promised on every processor."""
-    from mnist_mlp import net  # here: most verdicts need no PyTorch, which takes seconds to load
+    from mnist_mlp.recipe import net
 
     model = net.mlp(config.model.hidden)
     owners = {name.rpartition(".")[0] for name in model.state_dict()}  # of weights and other numbers
     layers = {type(layer) for name, layer in model.named_modules() if name in owners} - {net.Linear}
     if layers:
         names = ", ".join(sorted(layer.__name__ for layer in layers))
-        return f"{names}: of all layers, only Linear of mnist_mlp/net.py has the same bytes on every kind of processor"
+        return f"{names}: of all layers, only Linear of recipe/net.py has the same bytes on every kind of processor"
     return "unknown; parameters, code, processor and versions are as they should be. Please report this"
 
 
@@ -154,10 +158,10 @@ def _distance() -> list[str]:
 
 
 def _committed(path: Path) -> bytes | None:
-    found = lineage.git("show", f"HEAD:{path}")
+    found = git.run("show", f"HEAD:{path}")
     if found.returncode == 0:
         return found.stdout
-    lineage.check_git()
+    git.check()
     return None
 
 

@@ -33,12 +33,15 @@ from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
-from mnist_mlp import HISTORY, METRICS, MODEL, UserError, data, lineage, registry, run_command, store, tracking
+import lineage
+from lineage import UserError, git, lock, run_command
+from mnist_mlp import registry, store, tracking
+from mnist_mlp.recipe import HISTORY, METRICS, MODEL, data
 
 ENVIRONMENT = ("python", "torch", "mlflow", "dvc", "cpu")
 NEEDED = ("git.commit", "git.patch.md5", "data.digest", "model.md5", "dvc.lock.md5")
 FORMS = "models:/NAME@ALIAS, models:/NAME/VERSION, the id of an MLflow run, or a Git revision"
-# The run's settings, not ours: mnist_mlp/__init__.py sets some of these, and the commit may have set others.
+# The run's settings, not ours: mnist_mlp/recipe/__init__.py sets some of these, and the commit may have set others.
 NOT_PASSED_ON = ("DVC_", "GIT_", "MLFLOW_", "ATEN_", "ONEDNN_", "CUBLAS_")
 
 Values = dict[str, str]  # what is compared, by name; what comes first in a run comes first
@@ -74,8 +77,8 @@ def main() -> None:
 def verify_commit(revision: str) -> Proof:
     """Run the pipeline of a commit again, and compare every file with the commit's ``dvc.lock``."""
     commit = _git("rev-parse", "--verify", f"{revision}^{{commit}}")
-    lock, pipeline = (lineage.git("show", f"{commit}:{name}") for name in ("dvc.lock", "dvc.yaml"))
-    stages = {} if lock.returncode else lineage.locked_stages(lock.stdout, pipeline.stdout)
+    recorded_lock, pipeline = (git.run("show", f"{commit}:{name}") for name in ("dvc.lock", "dvc.yaml"))
+    stages = {} if recorded_lock.returncode else lock.locked_stages(recorded_lock.stdout, pipeline.stdout)
     recorded = _outputs(stages, f"commit {commit[:10]}")
     if forged := _forged(commit, recorded):
         return Proof(f"commit {commit[:10]}", forged)
@@ -90,7 +93,7 @@ def verify_commit(revision: str) -> Proof:
 def _forged(commit: str, recorded: Values) -> list[str]:
     """Compare the results that are in Git with the commit's ``dvc.lock``: people read the former."""
     for path, md5 in recorded.items():
-        content = lineage.git("show", f"{commit}:{path}")
+        content = git.run("show", f"{commit}:{path}")
         if content.returncode == 0 and lineage.md5(content.stdout) != md5:
             return [f"{path} is {lineage.md5(content.stdout)} in Git, {md5} in dvc.lock"]
     return []
@@ -141,8 +144,8 @@ def _is_revision(model: str) -> bool:
     """Tell a Git revision from a name in MLflow. A run id has 32 hexadecimal digits, a full commit 40."""
     if model.startswith("models:/") or re.fullmatch(r"[0-9a-f]{32}", model):
         return False
-    if not lineage.has_commit(model):
-        lineage.check_git()
+    if not git.has_commit(model):
+        git.check()
         raise UserError(f"{model!r} is not known here; accepted are {FORMS}")
     return True
 
@@ -186,15 +189,15 @@ def _check(run: Run) -> None:
         raise UserError(
             f"{name} recorded no {', '.join(missing)}; `make repro` completes the run of the present results"
         )
-    if unknown := [key for key in NEEDED if tags[key] == lineage.UNKNOWN]:
+    if unknown := [key for key in NEEDED if tags[key] == git.UNKNOWN]:
         raise UserError(
             f"{name} does not know its {', '.join(unknown)}, because Git failed; `make track` makes a new run"
         )
     if tags["data.digest"] != data.DIGEST:
         raise UserError(f"{name} was made from {registry.OTHER_DATA}; check its commit out first: {tags['git.commit']}")
     commit = tags["git.commit"]
-    if not lineage.has_commit(commit):
-        lineage.check_git()
+    if not git.has_commit(commit):
+        git.check()
         raise UserError(
             f"{name} was made from commit {commit}, which is not in this repository; "
             "try `git fetch`, or `make track` for a run of the present results"
@@ -204,7 +207,7 @@ def _check(run: Run) -> None:
 def _recorded_values(run: Run, folder: Path) -> Values:
     client, identity = mlflow.MlflowClient(), run.info.run_id
     try:
-        lock = tracking.download(identity, tracking.LOCK, folder)
+        recorded_lock = tracking.download(identity, tracking.LOCK, folder)
     except (MlflowException, OSError):
         raise UserError(
             f"the files of run {identity} are lost; `make track` makes a run of the present results"
@@ -217,7 +220,7 @@ def _recorded_values(run: Run, folder: Path) -> Values:
     return {
         "data.digest": run.data.tags["data.digest"],
         **_epochs(history),
-        **_outputs(lineage.read_stages(lock.read_bytes()), f"run {identity}"),
+        **_outputs(lock.read_stages(recorded_lock.read_bytes()), f"run {identity}"),
         "accuracy": str(run.data.metrics.get("accuracy")),
     }
 
@@ -276,11 +279,11 @@ def _model_uri(run: Run) -> str:
 def _outputs(stages: dict[str, Any], origin: str) -> Values:
     if not {"train", "evaluate", "plot"} <= stages.keys():
         raise UserError(f"{origin} has no dvc.lock with results of train, evaluate and plot")
-    return lineage.outputs(stages)
+    return lock.outputs(stages)
 
 
 def _made(clone: Path) -> Values:
-    return lineage.outputs(lineage.read_stages((clone / lineage.LOCK).read_bytes()))
+    return lock.outputs(lock.read_stages((clone / lock.LOCK).read_bytes()))
 
 
 def _clone(commit: str, folder: Path) -> Path:
@@ -314,8 +317,8 @@ def _run_again(clone: Path) -> None:
         "MLFLOW_TRACKING_URI": f"sqlite:///{clone}/mlflow.db",
         "DVC_SITE_CACHE_DIR": str(clone / ".dvc/site"),
     }
-    stages = lineage.read_stages((clone / "dvc.yaml").read_bytes()).keys() - {lineage.TRACK}
-    (clone / lineage.LOCK).unlink(missing_ok=True)  # what is in it afterwards has been made here
+    stages = lock.read_stages((clone / "dvc.yaml").read_bytes()).keys() - {lock.TRACK}
+    (clone / lock.LOCK).unlink(missing_ok=True)  # what is in it afterwards has been made here
     # By --force and --no-commit nothing is taken from, or put into, a cache that this user's repositories may share.
     # By --quiet DVC does not ask to commit or push what it made; the stages still print their lines.
     command = [sys.executable, "-m", "dvc", "repro", "--quiet", "--force", "--no-commit", *stages]
@@ -324,7 +327,7 @@ def _run_again(clone: Path) -> None:
 
 
 def _git(*arguments: str) -> str:
-    done = lineage.git(*arguments)
+    done = git.run(*arguments)
     if done.returncode:
         raise UserError(f"git {arguments[0]} fails: {done.stderr.decode(errors='replace')}")
     return done.stdout.decode(errors="replace").strip()

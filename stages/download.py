@@ -25,8 +25,9 @@ from urllib.error import URLError
 
 from tqdm import tqdm
 
-from mnist_mlp import UserError, params, run_command, write
-from mnist_mlp.data import NAME, RAW, SHA256
+from lineage import UserError, run_command, write
+from mnist_mlp import params
+from mnist_mlp.recipe.data import NAME, RAW, SHA256
 
 CHUNK = 1 << 16
 LIMIT = 64 << 20  # bytes: MNIST's largest file is smaller, so a mirror that sends more sends something else

@@ -4,7 +4,9 @@ import json
 
 import torch
 
-from mnist_mlp import METRICS, MODEL, PREDICTIONS, data, net, params, run_command, training, write
+from lineage import run_command, write
+from mnist_mlp import params
+from mnist_mlp.recipe import METRICS, MODEL, PREDICTIONS, data, net, training
 
 
 def main() -> None:

@@ -5,10 +5,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from mnist_mlp import FIGURES, HISTORY, PLOTS, PREDICTIONS, data, figures, params, published_history, run_command
+from lineage import run_command
+from mnist_mlp import params, pictures
+from mnist_mlp.recipe import HISTORY, PLOTS, PREDICTIONS, data
+from mnist_mlp.recipe.history import FIGURES, published_history
 
 
-@figures.styled
+@pictures.styled
 def main() -> None:
     """Draw six plots."""
     config = params.load()
@@ -22,7 +25,7 @@ def main() -> None:
     )
     plots["wrong_digits"] = wrong_digits(images, predictions, config.plot.wrong_digits)
     for name, figure in plots.items():
-        figures.save(figure, PLOTS / f"{name}.png", config.plot.dpi)
+        pictures.save(figure, PLOTS / f"{name}.png", config.plot.dpi)
     print(f"{len(plots)} plots in {PLOTS}")
 
 

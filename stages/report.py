@@ -15,7 +15,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from scipy import stats
 
-from mnist_mlp import FIGURES, figures, params, published_history, run_command, study, study_tracking, write
+from lineage import run_command, write
+from mnist_mlp import params, pictures
+from mnist_mlp.recipe.history import FIGURES, published_history
+from mnist_mlp.study import plan
+from mnist_mlp.study import tracking as study_tracking
 
 SETTING = "setting"  # a column that joins the varied parameters
 ONLY = "the recipe"  # its value where nothing varies
@@ -25,12 +29,12 @@ BESIDE = (-0.25, 0.25, -0.45, 0.45)  # where arrows stand beside a row of dots, 
 BANDS = {0.9: 0.2, 0.5: 0.4}  # the share of the runs that a band holds, and its opacity
 
 
-@figures.styled
+@pictures.styled
 def main() -> None:
     """Write summary and plots, and track all."""
     config = params.load()
-    runs = read(study.RUNS)
-    history = read(study.HISTORY).merge(runs.loc[runs["accuracy"].notna(), [SETTING, "seed"]])
+    runs = read(plan.RUNS)
+    history = read(plan.HISTORY).merge(runs.loc[runs["accuracy"].notna(), [SETTING, "seed"]])
     published = pd.DataFrame(published_history(), columns=["epoch", *FIGURES])
     target = config.evaluate.target_accuracy
     settings = list(runs[SETTING].unique())
@@ -38,14 +42,14 @@ def main() -> None:
     summary: dict[str, Any] = {"settings": [describe(runs, history, published, name, target) for name in settings]}
     if len(settings) > 1:
         summary["comparison"] = compare(runs)
-    write(study.SUMMARY, json.dumps(summary, indent=2) + "\n")
+    write(plan.SUMMARY, json.dumps(summary, indent=2) + "\n")
 
     for name in FIGURES:
-        figures.save(curves(history, published, name, settings), study.PLOTS / f"{name}.png", config.plot.dpi)
-    figures.save(dots(runs, published, target), study.PLOTS / "accuracy.png", config.plot.dpi)
+        pictures.save(curves(history, published, name, settings), plan.PLOTS / f"{name}.png", config.plot.dpi)
+    pictures.save(dots(runs, published, target), plan.PLOTS / "accuracy.png", config.plot.dpi)
 
     name, outcome = study_tracking.track(config)
-    print(f"{study.SUMMARY} and {len(FIGURES) + 1} plots; MLflow: {name} {outcome}")
+    print(f"{plan.SUMMARY} and {len(FIGURES) + 1} plots; MLflow: {name} {outcome}")
 
 
 def read(path: Any) -> pd.DataFrame:

@@ -8,7 +8,8 @@ import argparse
 import os
 from pathlib import Path
 
-from mnist_mlp import lineage, pages, params, registry, run_command, store, tracking, write
+from lineage import git, run_command, write
+from mnist_mlp import pages, params, registry, store, tracking
 
 TRACKED = Path("results/tracked")  # for DVC: which results this repository's MLflow store has
 
@@ -26,7 +27,7 @@ def main() -> None:
         return
     print(f"MLflow: run {run.info.run_name} {'is now' if added else 'was'} complete")
     print(f"{decision}\n{pages.lead(store.EXPERIMENT)}")
-    if "DVC_EXP_NAME" in os.environ and not lineage.keeps_experiments():
+    if "DVC_EXP_NAME" in os.environ and not git.keeps_experiments():
         print("DVC keeps no experiment in a shallow clone, so only MLflow has it;\ntype `git fetch --unshallow`")
 
 

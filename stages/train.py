@@ -4,7 +4,10 @@ from collections.abc import Iterator, Mapping
 
 from tqdm import tqdm
 
-from mnist_mlp import HISTORY, MODEL, csv_text, net, params, run_command, tracking, training, write
+from lineage import run_command, write
+from mnist_mlp import params, tracking
+from mnist_mlp.recipe import HISTORY, MODEL, net, training
+from mnist_mlp.recipe.history import csv_text
 
 
 def main() -> None:

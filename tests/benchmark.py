@@ -20,7 +20,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mnist_mlp import cpu, data, net, params, training
+from lineage import cpu
+from mnist_mlp import params
+from mnist_mlp.recipe import data, net, training
 from tests import project, textbook
 
 ROUNDS = 7

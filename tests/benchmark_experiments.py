@@ -8,7 +8,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from mnist_mlp import data
+from mnist_mlp.recipe import data
 from tests import project
 
 

@@ -18,7 +18,9 @@ import uvicorn
 from fastapi import FastAPI
 from pydantic import BaseModel
 
-from mnist_mlp import MODEL, UserError, data, net, params, registry, run_command
+from lineage import UserError, run_command
+from mnist_mlp import params, registry
+from mnist_mlp.recipe import MODEL, data, net
 from tests.loopback import running
 
 CHAMPION = f"models:/{registry.NAME}@{registry.CHAMPION}"

@@ -9,7 +9,9 @@ import statistics
 import time
 from pathlib import Path
 
-from mnist_mlp import cluster, cpu, params
+from lineage import cpu
+from mnist_mlp import params
+from mnist_mlp.study import cluster
 
 RUNS = 2  # for each row and for each half of the first row
 

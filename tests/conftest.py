@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from mnist_mlp.data import RAW, SHA256
+from mnist_mlp.recipe.data import RAW, SHA256
 from tests import project
 
 ROOT = Path(__file__).parents[1]

@@ -61,7 +61,7 @@ def make(folder: Path, mnist: Path, small: bool = True, source: Path = REPOSITOR
 
 def put_code(folder: Path) -> None:
     """Put the packages into a folder, so that commands work there: they do so in the folder of their code."""
-    for package in ("mnist_mlp", "stages"):
+    for package in ("lineage", "mnist_mlp", "stages"):
         shutil.copytree(REPOSITORY / package, folder / package)
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mnist_mlp import METRICS, study
+from mnist_mlp.recipe import METRICS
+from mnist_mlp.study import plan, words
 from tests import loopback, project
 
 pytestmark = pytest.mark.recipe  # a project of one's own has pages of its own
@@ -74,10 +75,10 @@ def test_every_link_to_a_file_or_a_heading_leads_there(name: str) -> None:
 
 
 def test_the_figures_of_the_pages_are_those_of_the_results() -> None:
-    summary = json.loads((ROOT / study.SUMMARY).read_text())
+    summary = json.loads((ROOT / plan.SUMMARY).read_text())
     (found,) = summary["settings"]
     metrics = json.loads((ROOT / METRICS).read_text())
-    table = [line for line in study.in_words(summary).splitlines() if line.startswith("|")]
+    table = [line for line in words.in_words(summary).splitlines() if line.startswith("|")]
     assert "\n".join(table) in PAGES["study.md"]
     medians = [100 * median for median in (found["last_epoch"]["test_acc"]["median"], found["accuracy"]["median"])]
     for text in (

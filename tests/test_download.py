@@ -20,8 +20,9 @@ from typing import NamedTuple
 import pytest
 import yaml
 
-from mnist_mlp import data, params
-from mnist_mlp.data import RAW, SHA256
+from mnist_mlp import params
+from mnist_mlp.recipe import data
+from mnist_mlp.recipe.data import RAW, SHA256
 from tests import project, stopping
 
 ROOT = Path(__file__).parents[1]

@@ -7,7 +7,8 @@ import mlflow
 import pytest
 from PIL import Image
 
-from mnist_mlp import data, registry
+from mnist_mlp import registry
+from mnist_mlp.recipe import data
 from tests import project
 
 pytestmark = [pytest.mark.full, pytest.mark.recipe]

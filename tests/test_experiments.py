@@ -11,7 +11,8 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from mnist_mlp import METRICS, data, registry
+from mnist_mlp import registry
+from mnist_mlp.recipe import METRICS, data
 from tests import project
 
 UP_TO_DATE = "Data and pipelines are up to date."

@@ -36,7 +36,8 @@ def test_ctrl_c_during_the_imports_ends_a_command_without_a_traceback(
 IN_A_WRITE = """
 import os, signal, sys
 from sqlalchemy import engine, event
-from mnist_mlp import params, run_command, tracking
+from lineage import run_command
+from mnist_mlp import params, tracking
 
 def interrupt(connection, cursor, statement, *more):
     if statement.startswith("INSERT INTO " + sys.argv[1]):

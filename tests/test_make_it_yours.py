@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mnist_mlp import FIGURES
+from mnist_mlp.recipe.history import FIGURES
 from tests import project
 
 pytestmark = [pytest.mark.full, pytest.mark.recipe]
@@ -71,10 +71,10 @@ def walk(folder: Path, mirror: Path) -> None:
             name, content = f"{split}-{kind}-ubyte", definitions["idx"](array)
             hashes[name] = hashlib.sha256(content).hexdigest()
             (mirror / f"{name}.gz").write_bytes(gzip.compress(content))
-    old_hashes = between(folder, "mnist_mlp/data.py", "SHA256 = {\n", "}\n")
+    old_hashes = between(folder, "mnist_mlp/recipe/data.py", "SHA256 = {\n", "}\n")
     edit(
         folder,
-        "mnist_mlp/data.py",
+        "mnist_mlp/recipe/data.py",
         ('NAME = "MNIST"', 'NAME = "patches"'),
         ("SHAPE = (28, 28)", f"SHAPE = ({ROWS}, {COLUMNS})"),
         ("CLASSES = 10", f"CLASSES = {CLASSES}"),
@@ -91,19 +91,19 @@ def walk(folder: Path, mirror: Path) -> None:
     )
 
     # 2. Another net, 3. another optimiser
-    old_net = between(folder, "mnist_mlp/net.py", 'little memory for it.\n    """\n', "\n\ndef normalise")
-    edit(folder, "mnist_mlp/net.py", (old_net, indented(cnn)))
+    old_net = between(folder, "mnist_mlp/recipe/net.py", 'little memory for it.\n    """\n', "\n\ndef normalise")
+    edit(folder, "mnist_mlp/recipe/net.py", (old_net, indented(cnn)))
     project.run(folder, ".venv/bin/ruff", "check", "--fix")
-    old_optimizer = between(folder, "mnist_mlp/training.py", "_set_arithmetic(config)\n", "    shuffle = ")
+    old_optimizer = between(folder, "mnist_mlp/recipe/training.py", "_set_arithmetic(config)\n", "    shuffle = ")
     new_optimizer = adam.replace("lr=config.train.lr", "lr=config.train.lr, betas=(config.train.beta, 0.999)")
-    edit(folder, "mnist_mlp/training.py", (old_optimizer, indented(new_optimizer)))
+    edit(folder, "mnist_mlp/recipe/training.py", (old_optimizer, indented(new_optimizer)))
 
     # 4. A new parameter
     edit(folder, "params.yaml", ("  lr: 0.1\n", "  lr: 0.01\n  beta: 0.9\n"))
     field, listed = "    beta: Annotated[float, Field(ge=0, lt=1)]\n", '    "train.beta", "train.momentum"'
     edit(
         folder,
-        "mnist_mlp/params.py",
+        "mnist_mlp/recipe/params.py",
         ("    momentum: Annotated", f"{field}    momentum: Annotated"),
         ('    "train.momentum"', listed),
     )
@@ -111,7 +111,7 @@ def walk(folder: Path, mirror: Path) -> None:
 
     # 5. A new metric
     held_out = "    if config.data.validation:\n        held_out"
-    edit(folder, "mnist_mlp/training.py", (held_out, indented(metric) + held_out))
+    edit(folder, "mnist_mlp/recipe/training.py", (held_out, indented(metric) + held_out))
     edit(folder, "mnist_mlp/tracking.py", ('{"accuracy", "validation', '{"accuracy", "top3_accuracy", "validation'))
 
     # 6. A new plot

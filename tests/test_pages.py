@@ -13,7 +13,10 @@ import pytest
 from mlflow.entities import Experiment
 from mlflow.exceptions import MlflowException
 
-from mnist_mlp import FIGURES, PUBLISHED, pages, params, store
+from mnist_mlp import pages, store
+from mnist_mlp.recipe import PUBLISHED
+from mnist_mlp.recipe.history import FIGURES
+from mnist_mlp.recipe.params import SOURCES
 from tests import project
 
 TRACK = (sys.executable, "-m", "stages.track")
@@ -105,7 +108,7 @@ def test_the_published_run_can_be_compared_and_is_black_also_in_a_store_of_an_ea
 def test_a_runs_page_begins_with_the_recipe_and_ends_with_where_the_data_come_from(finished: Path) -> None:
     (run,) = project.runs(finished)
     names = list(run.data.params)
-    assert names[-2:] == list(params.SOURCES)
+    assert names[-2:] == list(SOURCES)
     (version,) = client(finished).search_model_versions("name LIKE '%'")
     assert f"make verify MODEL={run.info.run_id}" in (version.description or "")
     assert "champion" in (client(finished).get_registered_model(version.name).description or "")

@@ -13,7 +13,8 @@ from dvc.utils.serialize import load_yaml  # type: ignore[import-untyped]
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mnist_mlp import UserError, params
+from lineage import UserError
+from mnist_mlp import params
 from tests import project
 
 ROOT = Path(__file__).parents[1]
@@ -230,4 +231,4 @@ def test_a_process_refuses_with_one_line_on_stderr_and_status_1(tmp_path: Path) 
     (line,) = process.stderr.splitlines()
     assert line.startswith("params: params.yaml: train.epochs is 'many': ")
     assert process.stdout == ""
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["mnist_mlp", "params.yaml", "stages"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lineage", "mnist_mlp", "params.yaml", "stages"]

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mnist_mlp import data
+from mnist_mlp.recipe import data
 from stages import plot
 from tests import project
 

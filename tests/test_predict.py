@@ -11,7 +11,9 @@ import torch
 from PIL import Image
 from scipy import ndimage
 
-from mnist_mlp import UserError, data, net, params, predict, training
+from lineage import UserError
+from mnist_mlp import params, predict
+from mnist_mlp.recipe import data, net, training
 from tests.pictures import (
     INK,
     PAPER,

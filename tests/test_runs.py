@@ -14,7 +14,9 @@ import pytest
 import yaml
 from mlflow.entities import Run
 
-from mnist_mlp import UserError, data, lineage, registry, store
+from lineage import UserError, git, lock
+from mnist_mlp import registry, store
+from mnist_mlp.recipe import data
 from tests import project, stopping
 
 TRACK = (sys.executable, "-m", "stages.track")
@@ -194,7 +196,7 @@ def test_a_git_that_fails_counts_as_unknown_until_it_works_again(repository: Pat
         project.run(repository, *TRACK)
         new, *others = project.runs(repository)
         assert [run.info.run_id for run in others] == [unknown.info.run_id, training.info.run_id]
-        assert lineage.UNKNOWN not in new.data.tags.values()
+        assert git.UNKNOWN not in new.data.tags.values()
         version = client(repository).get_model_version_by_alias(registry.NAME, registry.CHAMPION)
         assert version.tags[registry.RUN] == new.info.run_id
 
@@ -383,7 +385,7 @@ def test_a_stage_that_is_renamed_leaves_no_trace(repository: Path) -> None:
     pipeline = repository / "dvc.yaml"
     pipeline.write_text(pipeline.read_text().replace("  plot:\n    desc", "  draw:\n    desc"))
     project.run(repository, "dvc", "repro")
-    assert {"plot", "draw"} <= lineage.read_stages((repository / "dvc.lock").read_bytes()).keys()
+    assert {"plot", "draw"} <= lock.read_stages((repository / "dvc.lock").read_bytes()).keys()
     pipeline.write_text(pipeline.read_text().replace("stages/plot.py", "stages/draw.py").replace("s.plot", "s.draw"))
     (repository / "stages/plot.py").rename(repository / "stages/draw.py")
     project.run(repository, "dvc", "repro")
@@ -425,7 +427,7 @@ def test_what_a_stage_reads_is_in_the_patch_also_beside_a_result(repository: Pat
     for name in ("data/made.csv", "data/new.csv", "stages/made.csv", "stages/new.py"):
         (repository / name).write_text("1\n")
     (repository / "data/published_history.csv").unlink()
-    script = "import sys\nfrom mnist_mlp import lineage\nsys.stdout.buffer.write(lineage.patch())"
+    script = "import sys\nfrom lineage import git\nsys.stdout.buffer.write(git.patch())"
     patch = project.run(repository, sys.executable, "-c", script).stdout
     changed = re.findall(r"^diff --git a/(\S+)", patch, re.MULTILINE)
     assert changed == ["data/new.csv", "data/published_history.csv", "stages/new.py"]
@@ -499,7 +501,7 @@ def test_a_model_of_other_data_is_no_champion_and_is_neither_served_nor_proved(r
     project.run(repository, *TRACK)  # the copy is the store's place now
     other = better(repository, digest="0" * 32)
     client(repository).set_registered_model_alias(registry.NAME, registry.CHAMPION, other)
-    origin = f"made from other data than {data.NAME} as mnist_mlp/data.py describes it"
+    origin = f"made from other data than {data.NAME} as mnist_mlp/recipe/data.py describes it"
     for command in (("predict", "any.png"), ("serve", "--port", "5555")):
         done = project.run(repository, sys.executable, "-m", f"mnist_mlp.{command[0]}", *command[1:], check=False)
         reason = f"{registry.CHAMPION}, version {other}, was {origin}; `make track` makes it from the results\n"

@@ -15,7 +15,9 @@ import uvicorn
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from mnist_mlp import UserError, data, net, params, registry, serve, store, tracking, training
+from lineage import UserError
+from mnist_mlp import params, registry, serve, store, tracking
+from mnist_mlp.recipe import data, net, training
 from tests import project
 from tests.loopback import free_port, running
 

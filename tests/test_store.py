@@ -11,7 +11,8 @@ import pytest
 from alembic import command
 from mlflow.store.db.utils import _get_alembic_config
 
-from mnist_mlp import UserError, store
+from lineage import UserError
+from mnist_mlp import store
 from tests import project
 
 TRACK = (sys.executable, "-m", "stages.track")

@@ -24,15 +24,19 @@ import torch
 import yaml
 from mlflow.entities import Run
 
-from mnist_mlp import FIGURES, cluster, data, params, registry, store, study, study_check, training
+from mnist_mlp import params, registry, store
+from mnist_mlp.recipe import PUBLISHED, data, training
+from mnist_mlp.recipe.history import FIGURES
+from mnist_mlp.recipe.params import VARIABLE
+from mnist_mlp.study import check, cluster, plan, words
 from stages import replicate, report
 from tests import project
 
 ROOT = Path(__file__).parents[1]
 STUDY = ("dvc", "repro", "study/dvc.yaml")
 REPLICATE = (sys.executable, "-m", "stages.replicate")
-CHECK = (sys.executable, "-m", "mnist_mlp.study_check")
-TRACK = (sys.executable, "-m", "mnist_mlp.study_tracking")
+CHECK = (sys.executable, "-m", "mnist_mlp.study.check")
+TRACK = (sys.executable, "-m", "mnist_mlp.study.tracking")
 full = pytest.mark.full
 SEEDS = 3
 HELD_OUT = data.SIZES["train"] // 12
@@ -55,7 +59,7 @@ def repository(studied: Path, tmp_path: Path) -> Path:
     return project.copy(studied, tmp_path / "repository")
 
 
-def rows(folder: Path, path: Path = study.RUNS) -> list[dict[str, str]]:
+def rows(folder: Path, path: Path = plan.RUNS) -> list[dict[str, str]]:
     return list(csv.DictReader((folder / path).read_text().splitlines()))
 
 
@@ -83,7 +87,7 @@ def test_the_committed_study_holds_the_pipelines_own_run() -> None:
     (run,) = [row for row in rows(ROOT) if row["seed"] == "42"]
     lock = yaml.safe_load((ROOT / "dvc.lock").read_text())["stages"]
     assert run["model_md5"] in {out["md5"] for out in lock["train"]["outs"]}
-    epochs = [",".join(list(row.values())[1:]) for row in rows(ROOT, study.HISTORY) if row["seed"] == "42"]
+    epochs = [",".join(list(row.values())[1:]) for row in rows(ROOT, plan.HISTORY) if row["seed"] == "42"]
     assert epochs == (ROOT / "results/history.csv").read_text().splitlines()[1:]
     assert float(run["accuracy"]) == json.loads((ROOT / "results/metrics.json").read_text())["accuracy"]
     assert [int(row["seed"]) for row in rows(ROOT)] == list(range(1, 101))
@@ -95,10 +99,10 @@ def test_a_run_of_the_study_is_what_the_pipeline_gives_for_its_seed(repository: 
     project.run(repository, "dvc", "repro", "evaluate")
     metrics = json.loads((repository / "results/metrics.json").read_text())
     run = rows(repository)[1]
-    assert [float(run[name]) for name in study.METRICS] == [metrics[name] for name in study.METRICS]
+    assert [float(run[name]) for name in plan.METRICS] == [metrics[name] for name in plan.METRICS]
     lock = yaml.safe_load((repository / "dvc.lock").read_text())["stages"]
     assert run["model_md5"] in {out["md5"] for out in lock["train"]["outs"]}
-    epochs = [",".join(list(row.values())[1:]) for row in rows(repository, study.HISTORY) if row["seed"] == "2"]
+    epochs = [",".join(list(row.values())[1:]) for row in rows(repository, plan.HISTORY) if row["seed"] == "2"]
     assert epochs == (repository / "results/history.csv").read_text().splitlines()[1:]
     assert (
         project.run(repository, "dvc", "status", "study/dvc.yaml").stdout.strip()
@@ -114,6 +118,16 @@ def test_the_two_pipelines_do_not_run_each_other(repository: Path) -> None:
 
 
 @full
+def test_words_colours_and_published_figures_make_no_run_due(repository: Path) -> None:
+    for path in ("lineage/git.py", "mnist_mlp/pictures.py", "mnist_mlp/study/words.py", "mnist_mlp/study/tracking.py"):
+        (repository / path).write_text((repository / path).read_text() + "# read by nobody\n")
+    (repository / PUBLISHED).write_text("")
+    output = project.run(repository, *STUDY, "--dry").stdout
+    assert [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")] == [
+        "study/dvc.yaml:report"
+    ]
+
+
 def test_no_run_is_trained_twice(repository: Path, tmp_path: Path) -> None:
     """Neither with more seeds, nor with settings of which one is known, nor in a clone, which has only the tables."""
     clone = tmp_path / "a clone"
@@ -139,7 +153,7 @@ def test_runs_of_other_code_or_parameters_are_not_used(repository: Path) -> None
     project.edit(repository, {"study.seeds": 1, "train.momentum": 0.5})
     assert trained(project.run(repository, *REPLICATE).stdout) == (1, 1)
     project.edit(repository, {"train.momentum": 0.0})
-    net = repository / "mnist_mlp/net.py"
+    net = repository / "mnist_mlp/recipe/net.py"
     net.write_text(net.read_text() + "# other code\n")
     assert trained(project.run(repository, *REPLICATE).stdout) == (1, 1)
 
@@ -161,7 +175,7 @@ def test_runs_of_another_arithmetic_are_not_used(repository: Path, tmp_path: Pat
 @full
 def test_tables_that_their_lock_does_not_record_are_not_used(repository: Path) -> None:
     shutil.rmtree(repository / "study/runs")
-    table = repository / study.RUNS
+    table = repository / plan.RUNS
     table.write_text(re.sub(r"^(3,)0\.\d+", r"\g<1>0.999999", table.read_text(), flags=re.MULTILINE))
     project.commit(repository)
     project.edit(repository, {"study.seeds": 1})
@@ -176,7 +190,7 @@ def test_a_kept_run_is_named_by_all_that_decides_what_it_gives() -> None:
         "train.epochs": 3, "train.batch_size": 32, "train.lr": 0.2, "train.momentum": 0.5, "train.weight_decay": 0.1,
         "train.device": "cuda", "train.threads": 2, "evaluate.batch_size": 100,
     }  # fmt: skip
-    assert changes.keys() == {*params.VARIABLE, "train.seed"}
+    assert changes.keys() == {*VARIABLE, "train.seed"}
     code: dict[str, str | None] = {"a.py": "1"}
     keys = [replicate._key(config.replaced({name: value}), code, "f") for name, value in changes.items()]
     keys += [
@@ -210,7 +224,7 @@ def test_a_study_that_is_killed_goes_on_with_the_missing_runs(studied: Path, rep
     process.kill()
     process.wait()
     saved = len(list(kept.glob("*.json")))
-    assert not (repository / study.RUNS).exists()
+    assert not (repository / plan.RUNS).exists()
     with socket.socket() as other:
         with suppress(OSError):  # another process has it already
             other.bind(("127.0.0.1", 8787))
@@ -321,7 +335,7 @@ def test_a_cluster_gives_the_same_bytes_though_a_worker_dies_and_others_are_not_
     assert re.search(r"worker tcp://127.0.0.1:\d+ is left out: it has 2 threads", errors)
     assert len(errors.splitlines()) == 2
     assert rows(repository) == rows(studied)
-    assert rows(repository, study.HISTORY) == rows(studied, study.HISTORY)
+    assert rows(repository, plan.HISTORY) == rows(studied, plan.HISTORY)
     assert not list(dask_cluster.folder.rglob("runs.csv"))
 
 
@@ -332,7 +346,7 @@ def test_new_code_reaches_workers_that_have_run_a_study_before(repository: Path,
     forget(repository)
     project.run(repository, *REPLICATE, env=dask_cluster.env)
     before = rows(repository)
-    training = repository / "mnist_mlp/training.py"
+    training = repository / "mnist_mlp/recipe/training.py"
     training.write_text(
         training.read_text().replace("manual_seed(config.train.seed)\n    return", "manual_seed(7)\n    return")
     )
@@ -376,7 +390,7 @@ def test_a_run_in_which_every_worker_dies_is_named(repository: Path) -> None:
 
 
 def change_training(folder: Path, statement: str) -> None:
-    training = folder / "mnist_mlp/training.py"
+    training = folder / "mnist_mlp/recipe/training.py"
     head = "    torch.use_deterministic_algorithms("
     training.write_text(training.read_text().replace(head, f"    {statement}\n{head}", 1))
 
@@ -407,7 +421,7 @@ def test_an_address_that_is_none_is_one_line(repository: Path, address: str) -> 
     done = project.run(repository, *CHECK, env=project.environment(DASK_SCHEDULER_ADDRESS=address), check=False)
     (line,) = done.stderr.splitlines()
     assert done.returncode == 2
-    assert line.startswith(f"study_check: the scheduler at DASK_SCHEDULER_ADDRESS={address} has no address such as tcp")
+    assert line.startswith(f"study-check: the scheduler at DASK_SCHEDULER_ADDRESS={address} has no address such as tcp")
 
 
 def test_the_local_cluster_is_for_this_study_only() -> None:
@@ -483,7 +497,7 @@ def test_a_full_disk_is_one_line_and_what_has_ended_is_kept(studied: Path, repos
     done = project.run(repository, "unshare", "-rm", "sh", "-c", script, check=False)
     assert done.returncode == 1
     assert re.fullmatch(r"replicate: cannot write \S+/study/runs/\w+\.json: No space left .*untouched\n", done.stderr)
-    assert not (repository / study.RUNS).exists()
+    assert not (repository / plan.RUNS).exists()
     project.run(repository, *REPLICATE)
     assert rows(repository) == rows(studied)
 
@@ -522,7 +536,7 @@ def test_a_study_varies_what_stage_train_depends_on() -> None:
     for pipeline, stage in (("dvc.yaml", "train"), ("study/dvc.yaml", "replicate")):
         listed = yaml.safe_load((ROOT / pipeline).read_text())["stages"][stage]["params"]
         named = {key for name in listed for key in values if key == name or key.startswith(f"{name}.")}
-        assert named - {"train.seed"} == set(params.VARIABLE)
+        assert named - {"train.seed"} == set(VARIABLE)
 
 
 @pytest.mark.recipe
@@ -533,7 +547,7 @@ def test_settings_are_compared_by_seed_and_a_diverged_run_is_a_result(repository
     (kept, other, diverged) = (rows(repository)[start : start + SEEDS] for start in (0, SEEDS, 2 * SEEDS))
     assert [row["accuracy"] + row["model_md5"] for row in diverged] == [""] * SEEDS
 
-    summary = json.loads((repository / study.SUMMARY).read_text())
+    summary = json.loads((repository / plan.SUMMARY).read_text())
     first, _, third = summary["settings"]
     accuracies = np.array([float(row["accuracy"]) for row in kept])
     assert first["accuracy"]["mean"] == pytest.approx(accuracies.mean(), abs=1e-6)
@@ -544,7 +558,7 @@ def test_settings_are_compared_by_seed_and_a_diverged_run_is_a_result(repository
     bound = 1.959964**2 / (3 + 1.959964**2)
     assert third["target"]["interval"] == pytest.approx([0, bound], abs=1e-6)
     assert first["target"]["interval"] == pytest.approx([1 - bound, 1], abs=1e-6)
-    last = sorted(float(row["test_loss"]) for row in rows(repository, study.HISTORY) if row["epoch"] == "1")
+    last = sorted(float(row["test_loss"]) for row in rows(repository, plan.HISTORY) if row["epoch"] == "1")
     published = first["last_epoch"]["test_loss"]
     assert (published["published"], published["percentile"]) == (0.086559, 0)  # two epochs are not enough
     assert min(last) <= published["median"] <= max(last)
@@ -566,7 +580,7 @@ def test_a_study_whose_runs_all_diverge_is_a_study(repository: Path) -> None:
     project.edit(repository, {"study.seeds": 2, "train.lr": project.DIVERGING})
     done = project.run(repository, *STUDY)
     assert "seed 2: diverged" in done.stdout
-    (found,) = json.loads((repository / study.SUMMARY).read_text())["settings"]
+    (found,) = json.loads((repository / plan.SUMMARY).read_text())["settings"]
     assert (found["runs"], found["diverged"], found["accuracy"]["mean"]) == (2, 2, None)
     words = project.run(repository, *TRACK).stdout
     assert "0 of 2 runs reach 50.00% (95 % interval of the share 0.00% to 65.76%)" in words
@@ -579,8 +593,8 @@ def test_with_a_validation_set_settings_and_champion_are_chosen_by_it(repository
     )
     project.run(repository, *STUDY)
     assert {"validation_accuracy", "model_md5"} <= rows(repository)[0].keys()
-    assert list(rows(repository, study.HISTORY)[0])[-2:] == ["val_loss", "val_acc"]
-    comparison = json.loads((repository / study.SUMMARY).read_text())["comparison"]
+    assert list(rows(repository, plan.HISTORY)[0])[-2:] == ["val_loss", "val_acc"]
+    comparison = json.loads((repository / plan.SUMMARY).read_text())["comparison"]
     assert (comparison["metric"], comparison["chooses_by_test_set"]) == ("validation_accuracy", False)
 
     output = project.run(repository, "dvc", "repro").stdout
@@ -615,7 +629,7 @@ def test_study_check_says_identical_or_the_first_difference(repository: Path) ->
     assert re.fullmatch(r"training again: seed \d; seed \d", first)
     assert re.fullmatch(r"identical: seed \d; seed \d: every figure and the model's MD5", last)
 
-    table = repository / study.HISTORY
+    table = repository / plan.HISTORY
     table.write_text(re.sub(r"^(\d,1,.*,)0\.\d+$", r"\g<1>0.123456", table.read_text(), flags=re.MULTILINE))
     done = project.run(repository, *CHECK, "--runs", "1", check=False)
     assert done.returncode == 1
@@ -625,13 +639,13 @@ def test_study_check_says_identical_or_the_first_difference(repository: Path) ->
 
     project.edit(repository, {"train.lr": 0.05})
     done = project.run(repository, *CHECK, check=False)
-    line = f"study_check: params.yaml: train.lr is 0.05, and the study was made with {project.LR}; run `make study`\n"
+    line = f"study-check: params.yaml: train.lr is 0.05, and the study was made with {project.LR}; run `make study`\n"
     assert (done.returncode, done.stderr) == (2, line)
 
 
 def test_study_check_compares_every_figure_and_the_model(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = params.load(repository / "params.yaml")
-    (row, run), *_ = study.read(*((repository / path).read_text() for path in (study.RUNS, study.HISTORY)))
+    (row, run), *_ = plan.read(*((repository / path).read_text() for path in (plan.RUNS, plan.HISTORY)))
     others = {
         "accuracy": run._replace(metrics=run.metrics | {"accuracy": "0.5"}),
         "loss": run._replace(metrics=run.metrics | {"loss": "0.5"}),
@@ -641,7 +655,7 @@ def test_study_check_compares_every_figure_and_the_model(repository: Path, monke
     }
     for name, again in others.items():
         monkeypatch.setattr(cluster, "run_all", lambda _, again=again: iter([(0, again)]))
-        (line,) = study_check.check(config, [(row, run)])
+        (line,) = check.check(config, [(row, run)])
         assert line.startswith(f"different: seed 1: {name} is ")
 
 
@@ -686,9 +700,9 @@ def of_one_setting(accuracy: list[float]) -> tuple[pd.DataFrame, pd.DataFrame, p
 def test_a_study_without_published_figures_has_all_else() -> None:
     runs, history, published = of_one_setting([0.97, 0.98])
     summary = {"settings": [report.describe(runs, history, published, "a", 0.977)]}
-    words = study.in_words(json.loads(json.dumps(summary)))
-    assert "mean 97.50% (values 97.00%, 98.00%)" in words
-    assert "| test acc |  | 50.00% | 50.00% to 50.00% |  |" in words
+    said = words.in_words(json.loads(json.dumps(summary)))
+    assert "mean 97.50% (values 97.00%, 98.00%)" in said
+    assert "| test acc |  | 50.00% | 50.00% to 50.00% |  |" in said
     (axes,) = report.curves(history, published, "test_acc", ["a"]).axes
     assert "published" not in [line.get_label() for line in axes.lines]
     (axes,) = report.dots(runs, published, 0.977).axes
@@ -752,7 +766,7 @@ def test_mlflow_has_one_parent_and_a_child_for_each_run_and_gets_them_once(repos
     assert child.data.metrics["accuracy"] == float(row["accuracy"])
     assert child.data.tags["model.md5"] == row["model_md5"]
     points = client.get_metric_history(child.info.run_id, "test_loss")
-    epochs = [row for row in rows(repository, study.HISTORY) if row["seed"] == "2"]
+    epochs = [row for row in rows(repository, plan.HISTORY) if row["seed"] == "2"]
     assert [f"{point.step},{point.value:.6f}" for point in points] == [
         f"{row['epoch']},{row['test_loss']}" for row in epochs
     ]
@@ -773,13 +787,13 @@ def test_mlflow_has_one_parent_and_a_child_for_each_run_and_gets_them_once(repos
     assert "is now complete" in project.run(repository, *TRACK).stdout
     assert len(found()) == len(before)
 
-    table = (repository / study.RUNS).read_text()
+    table = (repository / plan.RUNS).read_text()
     better = re.sub(r"^(1,)0\.\d+", r"\g<1>0.999999", table, flags=re.MULTILINE)
-    for path, damage in ((study.SUMMARY, "{"), (study.RUNS, better)):
+    for path, damage in ((plan.SUMMARY, "{"), (plan.RUNS, better)):
         (repository / path).write_text(damage)
         done = project.run(repository, *TRACK, check=False)
-        line = f"study_tracking: {path} is not what the study has made; run `make study`\n"
+        line = f"tracking: {path} is not what the study has made; run `make study`\n"
         assert (done.returncode, done.stderr) == (1, line)
         project.run(repository, "dvc", "repro", "study/dvc.yaml")  # as `make study` does
         assert "was complete" in project.run(repository, *TRACK).stdout
-    assert (repository / study.RUNS).read_text() == table
+    assert (repository / plan.RUNS).read_text() == table

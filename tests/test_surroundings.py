@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mnist_mlp import HISTORY, MODEL, PREDICTIONS, data
+from mnist_mlp.recipe import HISTORY, MODEL, PREDICTIONS, data
 from tests import project
 
 
@@ -41,7 +41,8 @@ def test_a_notebook_beside_the_clone_can_use_the_package(repository: Path, elsew
     cells = f"""if True:
         import sys
         sys.path.insert(0, {str(repository)!r})
-        from mnist_mlp import data, params, registry, training
+        from mnist_mlp.recipe import data, training
+        from mnist_mlp import params, registry
         config = params.load().replaced({{"train.epochs": 1}})
         print(*training.train(training.new_model(config), training.load(config), config))
         version, classify = registry.load()

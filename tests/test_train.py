@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mnist_mlp import UserError, data, net, params, training
+from lineage import UserError
+from mnist_mlp import params
+from mnist_mlp.recipe import data, net, training
 from tests import textbook
 
 pytestmark = pytest.mark.recipe

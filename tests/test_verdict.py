@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from mnist_mlp import data, net, params, published_history, verdict
+from mnist_mlp import params, verdict
+from mnist_mlp.recipe import data, net
+from mnist_mlp.recipe.history import published_history
 from tests import project
 
 REPRODUCED = "reproduced: model, history, metrics and plots are the committed bytes"
@@ -114,7 +116,7 @@ def test_layers_that_have_other_bytes_elsewhere_are_named(repository: Path, monk
     monkeypatch.setattr(net, "mlp", lambda _: nn.Sequential(*layers))
     lines, as_expected = verdict.compare(params.load(Path("params.yaml")))
     assert not as_expected
-    assert lines[1].startswith("likely reason: BatchNorm2d, Conv2d: of all layers, only Linear of mnist_mlp/net.py has")
+    assert lines[1].startswith("likely reason: BatchNorm2d, Conv2d: of all layers, only Linear of recipe/net.py has")
 
 
 def test_a_lost_result_is_named(repository: Path) -> None:
@@ -163,8 +165,8 @@ def test_a_merge_with_conflicts_is_one_line_and_its_advice_ends_it(tried: Path, 
     assert (done.returncode, done.stdout, done.stderr) == (1, "", f"verdict: results/metrics.json {advice}\n")
     done = project.run(repository, sys.executable, "-m", "stages.track", check=False)
     assert (done.returncode, done.stdout, done.stderr) == (1, "", f"track: dvc.lock or dvc.yaml {advice}\n")
-    done = project.run(repository, sys.executable, "-m", "mnist_mlp.study_check", check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"study_check: dvc.lock or dvc.yaml {advice}\n")
+    done = project.run(repository, sys.executable, "-m", "mnist_mlp.study.check", check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"study-check: dvc.lock or dvc.yaml {advice}\n")
 
     project.run(repository, *cure.split())
     project.run(repository, "dvc", "repro")

@@ -11,8 +11,10 @@ import mlflow
 import pytest
 import torch
 
-from mnist_mlp import MODEL, data, lineage, net, params, registry, store, tracking
+import lineage
+from mnist_mlp import params, registry, store, tracking
 from mnist_mlp import verify as verification
+from mnist_mlp.recipe import MODEL, data, net
 from tests import project
 
 WEIGHTS, PROBABILITIES = "the MD5 of the stored model's weights", "the MD5 of its probabilities for the test images"

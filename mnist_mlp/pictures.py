@@ -6,7 +6,7 @@ from pathlib import Path
 import matplotlib.style
 from matplotlib.figure import Figure
 
-from mnist_mlp import write
+from lineage import write
 
 STYLE = {"font.size": 13, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}
 

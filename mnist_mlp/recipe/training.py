@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mnist_mlp import HERE, UserError, data, net
-from mnist_mlp.params import Params
+from lineage import HERE, UserError
+from mnist_mlp.recipe import data, net
+from mnist_mlp.recipe.params import Recipe
 
 DIVERGED = 1000.0  # a loss above this never comes back; it may become finite again, with every ReLU dead
 
@@ -39,7 +40,7 @@ class Sets(NamedTuple):
     test: Dataset
 
 
-def load(config: Params, raw: Path = HERE / data.RAW) -> Sets:
+def load(config: Recipe, raw: Path = HERE / data.RAW) -> Sets:
     """Read all images, normalised, onto the device that ``train.device`` names.
 
     Args:
@@ -68,13 +69,13 @@ def _load(split: data.Split, raw: Path, mean: float, std: float, device: str) ->
     return Dataset(net.normalise(images, mean, std), labels.long())
 
 
-def new_model(config: Params) -> nn.Module:
+def new_model(config: Recipe) -> nn.Module:
     """Build the net that ``model.hidden`` describes, with the initial weights of ``train.seed``."""
     torch.manual_seed(config.train.seed)
     return net.mlp(config.model.hidden).to(config.train.device)
 
 
-def train(model: nn.Module, sets: Sets, config: Params) -> Iterator[dict[str, float]]:
+def train(model: nn.Module, sets: Sets, config: Recipe) -> Iterator[dict[str, float]]:
     """Train the model in place, and yield the figures of each epoch: means over its batches, accuracies as fractions.
 
     Args:
@@ -176,7 +177,7 @@ def batch_means(scores: Tensor, labels: Tensor, batch_size: int) -> tuple[float,
     return sum(losses) / len(batches), sum(accuracies) / len(batches)
 
 
-def evaluate(model: nn.Module, sets: Sets, config: Params) -> tuple[Tensor, dict[str, float]]:
+def evaluate(model: nn.Module, sets: Sets, config: Recipe) -> tuple[Tensor, dict[str, float]]:
     """Score a trained model.
 
     Returns:
@@ -196,7 +197,7 @@ def evaluate(model: nn.Module, sets: Sets, config: Params) -> tuple[Tensor, dict
     return scores, metrics
 
 
-def _set_arithmetic(config: Params) -> None:
+def _set_arithmetic(config: Recipe) -> None:
     """Compute as ``params.yaml`` says, however many cores there are: the bytes of most layers depend on it."""
     torch.set_num_threads(config.train.threads)
     torch.use_deterministic_algorithms(config.train.device == "cuda")

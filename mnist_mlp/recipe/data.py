@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mnist_mlp import HERE, UserError
+from lineage import HERE, UserError
 
 Split = Literal["train", "t10k"]
 NAME = "MNIST"
@@ -47,7 +47,7 @@ def load(split: Split, raw: Path = HERE / RAW) -> tuple[NDArray[np.uint8], NDArr
     if (len(images), len(labels)) != (size * math.prod(SHAPE), size) or labels.max() >= CLASSES:
         raise UserError(
             f"{raw}: {split} has {len(images):,} pixels, and {len(labels):,} labels up to {labels.max()}: these do "
-            "not fit SIZES, SHAPE and CLASSES in mnist_mlp/data.py; correct these"
+            "not fit SIZES, SHAPE and CLASSES in mnist_mlp/recipe/data.py; correct these"
         )
     return images.reshape(size, *SHAPE), labels
 

@@ -9,13 +9,15 @@ import sys
 
 from tqdm import tqdm
 
-from mnist_mlp import UserError, cluster, params, run_command, study
+from lineage import UserError, run_command
+from mnist_mlp import params
 from mnist_mlp.params import Params
+from mnist_mlp.study import cluster, plan
 
 
 def main() -> None:
     """Check some runs, and say what came of it."""
-    parser = argparse.ArgumentParser(prog="python -m mnist_mlp.study_check", description="Train again, and compare.")
+    parser = argparse.ArgumentParser(prog="python -m mnist_mlp.study.check", description="Train again, and compare.")
     parser.add_argument("--runs", type=int, default=2, help="how many runs to draw (2)")
     count = parser.parse_args().runs
     try:
@@ -23,22 +25,22 @@ def main() -> None:
         drawn = draw(config, count)
         differences = check(config, drawn)
     except (UserError, OSError) as error:
-        parser.exit(2, f"study_check: {error}\n")
+        parser.exit(2, f"study-check: {error}\n")
     if differences:
         print(*differences, sep="\n")
         sys.exit(1)
-    print(f"identical: {'; '.join(study.label(row) for row, _ in drawn)}: every figure and the model's MD5")
+    print(f"identical: {'; '.join(plan.label(row) for row, _ in drawn)}: every figure and the model's MD5")
 
 
-def draw(config: Params, count: int) -> list[tuple[study.Row, study.Run]]:
+def draw(config: Params, count: int) -> list[tuple[plan.Row, plan.Run]]:
     """Draw runs from the tables.
 
     Raises:
         UserError: there are not so many runs, or they were made with other parameters.
     """
     try:
-        study.check_parameters(config)
-        runs = study.read(study.RUNS.read_text(), study.HISTORY.read_text())
+        plan.check_parameters(config)
+        runs = plan.read(plan.RUNS.read_text(), plan.HISTORY.read_text())
     except FileNotFoundError as error:
         raise UserError(f"{error.filename} is missing; `git checkout {error.filename}` or `make study`") from None
     if not 1 <= count <= len(runs):
@@ -46,26 +48,26 @@ def draw(config: Params, count: int) -> list[tuple[study.Row, study.Run]]:
     return random.sample(runs, count)
 
 
-def check(config: Params, drawn: list[tuple[study.Row, study.Run]]) -> list[str]:
+def check(config: Params, drawn: list[tuple[plan.Row, plan.Run]]) -> list[str]:
     """Train the runs again; give a line for each that comes out different, on its first difference."""
-    print(f"training again: {'; '.join(study.label(row) for row, _ in drawn)}", flush=True)
+    print(f"training again: {'; '.join(plan.label(row) for row, _ in drawn)}", flush=True)
     differences = {}
-    runs = cluster.run_all([study.config_of(row, config) for row, _ in drawn])
+    runs = cluster.run_all([plan.config_of(row, config) for row, _ in drawn])
     for index, again in tqdm(runs, "study-check", len(drawn), unit="run", disable=None, leave=False):
         row, run = drawn[index]
         if again != run:
-            differences[index] = f"different: {study.label(row)}: {first_difference(run, again)}"
+            differences[index] = f"different: {plan.label(row)}: {first_difference(run, again)}"
     return [differences[index] for index in sorted(differences)]
 
 
-def first_difference(recorded: study.Run, again: study.Run) -> str:
+def first_difference(recorded: plan.Run, again: plan.Run) -> str:
     """Name the first figure that differs; the epochs come before what the trained model gives."""
     theirs, ours = _figures(recorded), _figures(again)
     key = next(key for key in theirs | ours if theirs.get(key) != ours.get(key))
     return f"{key} is {theirs.get(key, 'missing')} in the table, {ours.get(key, 'missing')} here"
 
 
-def _figures(run: study.Run) -> study.Row:
+def _figures(run: plan.Run) -> plan.Row:
     epochs = {
         f"epoch {epoch}: {figure}": value for epoch, row in enumerate(run.history) for figure, value in row.items()
     }

@@ -35,12 +35,16 @@ from distributed import (
 )
 from tqdm import tqdm
 
+import lineage
 import mnist_mlp
-from mnist_mlp import UserError, cpu, data, lineage, net, study, training
+from lineage import UserError, cpu
 from mnist_mlp.params import Params
+from mnist_mlp.recipe import data, net, training
+from mnist_mlp.study import plan
 
 ADDRESS = "DASK_SCHEDULER_ADDRESS"
 PLUGIN = "project"
+PACKAGES = ("lineage", "mnist_mlp")  # what a worker needs to train
 WAIT = 10.0  # seconds for a scheduler to answer, and for a worker to be there
 DEATHS = 3  # of workers in the same run, after which it is to blame
 GO_ON = "then run this again; `make study` keeps finished runs"
@@ -52,7 +56,7 @@ SPEED = {
 }
 
 
-def train_run(config: Params, raw: Path = data.RAW) -> study.Run:
+def train_run(config: Params, raw: Path = data.RAW) -> plan.Run:
     """Train and evaluate one net. It gives the bytes that stages ``train`` and ``evaluate`` give."""
     sets, model = training.load(config, raw), training.new_model(config)
     history = []
@@ -60,9 +64,9 @@ def train_run(config: Params, raw: Path = data.RAW) -> study.Run:
         for figures in training.train(model, sets, config):
             history.append(training.rounded(figures))
     except training.DivergedError:
-        return study.Run({}, "", history)
+        return plan.Run({}, "", history)
     metrics = training.rounded(training.evaluate(model, sets, config)[1])
-    return study.Run(metrics, lineage.md5(net.save_weights(model)), history)
+    return plan.Run(metrics, lineage.md5(net.save_weights(model)), history)
 
 
 def fingerprint(config: Params, raw: Path = data.RAW) -> str:
@@ -77,7 +81,7 @@ def fingerprint(config: Params, raw: Path = data.RAW) -> str:
     return lineage.md5(repr(figures).encode() + net.save_weights(model))
 
 
-def run_all(configs: Sequence[Params]) -> Iterator[tuple[int, study.Run]]:
+def run_all(configs: Sequence[Params]) -> Iterator[tuple[int, plan.Run]]:
     """Train every run, on as many workers as there are.
 
     Args:
@@ -195,16 +199,17 @@ def _leave_out(address: str, problem: str) -> None:
 
 
 def pack() -> bytes:
-    """Put the package and the data into a zip archive. The same files are the same bytes."""
+    """Put the packages and the data into a zip archive. The same files are the same bytes."""
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w") as archive:
-        for path in [*sorted(Path("mnist_mlp").glob("*.py")), *(data.RAW / name for name in data.SHA256)]:
+        code = sorted(file for package in PACKAGES for file in Path(package).rglob("*.py"))
+        for path in [*code, *(data.RAW / name for name in data.SHA256)]:
             archive.writestr(zipfile.ZipInfo(str(path)), path.read_bytes(), zipfile.ZIP_DEFLATED)
     return content.getvalue()
 
 
 def _bring_project(client: Client) -> str:
-    """Put package and data, 12 MB, on every worker, those that join later included; give the folder's name there.
+    """Put packages and data, 12 MB, on every worker, those that join later included; give the folder's name there.
 
     A worker has no clone to import from. Dask sends the code of what is defined inside a function.
     """
@@ -219,7 +224,7 @@ def _bring_project(client: Client) -> str:
             except Exception as error:  # such as a full disk; the check of this worker tells
                 self.problem = error
             sys.path.insert(0, str(folder))
-            for module in [name for name in sys.modules if name.partition(".")[0] == "mnist_mlp"]:
+            for module in [name for name in sys.modules if name.partition(".")[0] in PACKAGES]:
                 del sys.modules[module]  # of an earlier study
 
     archive = pack()
@@ -234,7 +239,7 @@ def _submit(client: Client, task: str, folder: str, config: Params, worker: str)
     def on_worker(content: dict[str, Any]) -> Any:
         if problem := vars(get_worker().plugins[PLUGIN]).get("problem"):
             raise problem
-        from mnist_mlp import cluster  # the worker's own
+        from mnist_mlp.study import cluster
 
         return getattr(cluster, task)(folder, content)
 
@@ -253,15 +258,15 @@ def _done(futures: list[Future[Any]]) -> set[Future[Any]]:
         return set()
 
 
-def _result(future: Future[Any], config: Params) -> study.Run:
+def _result(future: Future[Any], config: Params) -> plan.Run:
     try:
-        return study.Run(*future.result())
+        return plan.Run(*future.result())
     except KilledWorker:  # Dask's own count, of a worker that dies and comes back at the same address
         raise _deadly(config) from None
 
 
 def _deadly(config: Params | None) -> UserError:
-    what = f"the run {study.label(study.identity(config))}" if config else "their check"
+    what = f"the run {plan.label(plan.identity(config))}" if config else "their check"
     why = "perhaps by too little memory; start fewer on a machine"
     return UserError(f"{DEATHS} workers have died in {what}, {why}, {GO_ON}")
 

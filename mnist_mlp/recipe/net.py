@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from mnist_mlp import UserError, data
+from lineage import UserError
+from mnist_mlp.recipe import data
 
 
 class Linear(nn.Linear):
@@ -59,7 +60,7 @@ def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 
     On a CPU, PyTorch leaves matrix products to Intel's MKL. MKL chooses its kernels by the maker of the processor and
     by the number of threads. Each kernel adds in its own order, so the last bits differ. PyTorch also ships oneDNN,
-    which does not look at the maker. Limited to AVX2 (see mnist_mlp/__init__.py), it computes each element of a product
+    which does not look at the maker. Limited to AVX2 (see __init__.py), it computes each element of a product
     as one chain of fused multiply-adds along the inner dimension K, if K is at most 1024. Above 1024 it splits the
     chain into parts. The number of threads has no influence in either case. ``mkldnn::_linear_pointwise`` is the
     operator by which ``torch.compile`` calls oneDNN.

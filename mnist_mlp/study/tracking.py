@@ -15,20 +15,24 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NOTE
 from mlflow.utils.time import get_current_time_millis
 from tqdm import tqdm
 
-from mnist_mlp import UserError, lineage, pages, params, run_command, store, study, tracking
-from mnist_mlp.params import VARIABLE, Params
+import lineage
+from lineage import UserError, git, lock, run_command
+from mnist_mlp import pages, params, store, tracking
+from mnist_mlp.params import Params
+from mnist_mlp.recipe.params import VARIABLE
+from mnist_mlp.study import plan, words
 
 
 def main() -> None:
     """Write what MLflow lacks, and say what the study found."""
     config = params.load()
-    study.check_parameters(config)
-    _check_files(lineage.read_stages(study.LOCK.read_bytes()))
+    plan.check_parameters(config)
+    _check_files(lock.read_stages(plan.LOCK.read_bytes()))
     name, outcome = track(config)
-    runs = study.read(study.RUNS.read_text(), study.HISTORY.read_text())
+    runs = plan.read(plan.RUNS.read_text(), plan.HISTORY.read_text())
     settings = dict.fromkeys(_setting(row, name) for row, _ in runs)
     print(f"MLflow: {name} {outcome}\n{pages.lead(store.STUDY, list(settings))}")
-    print(study.in_words(json.loads(study.SUMMARY.read_text())))
+    print(words.in_words(json.loads(plan.SUMMARY.read_text())))
 
 
 def track(config: Params) -> tuple[str, str]:
@@ -43,11 +47,11 @@ def track(config: Params) -> tuple[str, str]:
     Raises:
         UserError: no MLflow store is available, or the tables are not those of a study with these parameters.
     """
-    study.check_parameters(config)
-    _check_files(study.recorded())
+    plan.check_parameters(config)
+    _check_files(plan.recorded())
     store.connect(store.STUDY)
     values = {name: config.flat()[name] for name in VARIABLE}
-    tables = [path.read_bytes() for path in (study.RUNS, study.HISTORY)]
+    tables = [path.read_bytes() for path in (plan.RUNS, plan.HISTORY)]
     digest = lineage.md5(b"".join([json.dumps(values, sort_keys=True).encode(), *tables]))
     try:
         with store.lock():
@@ -56,21 +60,21 @@ def track(config: Params) -> tuple[str, str]:
                     added = _log_results(parent.info.run_id)
                     return parent.info.run_name, "has new results" if added else "was complete"
                 _delete(parent.info.run_id)  # its writer was stopped
-            return _write(config, digest, study.read(*(table.decode() for table in tables))), "is now complete"
+            return _write(config, digest, plan.read(*(table.decode() for table in tables))), "is now complete"
     except (MlflowException, OSError) as error:
         raise UserError(f"MLflow refuses: {store.first_line(error)}; `make study` tries again") from None
 
 
 def _check_files(stages: dict[str, Any]) -> None:
-    for path, md5 in lineage.outputs(stages).items():
+    for path, md5 in lock.outputs(stages).items():
         if lineage.file_md5(path) != md5:
             raise UserError(f"{path} is not what the study has made; run `make study`")
 
 
-def _write(config: Params, digest: str, runs: list[tuple[study.Row, study.Run]]) -> str:
+def _write(config: Params, digest: str, runs: list[tuple[plan.Row, plan.Run]]) -> str:
     """Write the parent and a child for each run, in three requests a child."""
-    client, patch = mlflow.MlflowClient(), lineage.patch()
-    name = f"study of {len(runs)}, {lineage.commit()[:7]}{'' if patch == b'' else '+'}"
+    client, patch = mlflow.MlflowClient(), git.patch()
+    name = f"study of {len(runs)}, {git.commit()[:7]}{'' if patch == b'' else '+'}"
     experiment = store.experiment_id(store.STUDY)
     tags = tracking.provenance(patch) | {"study.md5": digest}
     parent = client.create_run(experiment, tags=tags, run_name=name)
@@ -80,7 +84,7 @@ def _write(config: Params, digest: str, runs: list[tuple[study.Row, study.Run]])
         tracking.log_patch(parent.info.run_id, patch)
     by_seed = sorted(runs, key=lambda found: int(found[0]["seed"]))  # MLflow's page loads the first of each setting
     for row, run in tqdm(by_seed, "MLflow", unit="run", disable=None, leave=False):
-        member = study.config_of(row, config).flat()
+        member = plan.config_of(row, config).flat()
         child = client.create_run(
             experiment,
             tags={
@@ -88,7 +92,7 @@ def _write(config: Params, digest: str, runs: list[tuple[study.Row, study.Run]])
                 "model.md5": run.model_md5,
                 store.SETTING: _setting(row, name),
             },
-            run_name=study.label(row),
+            run_name=plan.label(row),
         )
         history = [{"epoch": str(epoch)} | figures for epoch, figures in enumerate(run.history)]
         now = get_current_time_millis()
@@ -105,30 +109,30 @@ def _write(config: Params, digest: str, runs: list[tuple[study.Row, study.Run]])
     return name
 
 
-def _setting(row: study.Row, name: str) -> str:
+def _setting(row: plan.Row, name: str) -> str:
     """Name the values that a run has in a study, which is a row of MLflow's table."""
-    values = study.label(study.varied(row))
+    values = plan.label(plan.varied(row))
     return f"{values} ({name})" if values else name
 
 
 def _log_results(run_id: str) -> bool:
     """Log what stage ``report`` makes, unless the run has the same; tell whether it was new."""
     client = mlflow.MlflowClient()
-    plots = sorted(study.PLOTS.glob("*.png"))
-    digest = lineage.md5(b"".join(path.read_bytes() for path in (study.SUMMARY, *plots)))
+    plots = sorted(plan.PLOTS.glob("*.png"))
+    digest = lineage.md5(b"".join(path.read_bytes() for path in (plan.SUMMARY, *plots)))
     stored = {artifact.path for artifact in client.list_artifacts(run_id)}
-    if client.get_run(run_id).data.tags.get("report.md5") == digest and {study.SUMMARY.name, "plots"} <= stored:
+    if client.get_run(run_id).data.tags.get("report.md5") == digest and {plan.SUMMARY.name, "plots"} <= stored:
         return False
-    for path in (study.SUMMARY, study.RUNS, study.HISTORY):
+    for path in (plan.SUMMARY, plan.RUNS, plan.HISTORY):
         client.log_artifact(run_id, str(path))
     for path in plots:
         client.log_artifact(run_id, str(path), "plots")
     client.log_artifact(run_id, "params.yaml")
-    summary = json.loads(study.SUMMARY.read_text())
+    summary = json.loads(plan.SUMMARY.read_text())
     means = [found["accuracy"]["mean"] for found in summary["settings"] if found["accuracy"]["mean"] is not None]
     if means:
         client.log_metric(run_id, "accuracy", statistics.mean(means))
-    client.set_tag(run_id, MLFLOW_RUN_NOTE, study.in_words(summary))
+    client.set_tag(run_id, MLFLOW_RUN_NOTE, words.in_words(summary))
     client.set_tag(run_id, "report.md5", digest)
     return True
 

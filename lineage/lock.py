@@ -1,0 +1,81 @@
+"""``dvc.lock``: what DVC has recorded of each stage - its parameters, what it depends on, and what it has made."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from lineage import UserError, file_md5
+
+LOCK = Path("dvc.lock")
+DAMAGED = "is damaged, or in a merge; run `git checkout HEAD -- dvc.lock study/dvc.lock results`, then `dvc repro`"
+TRACK = "track"  # the stage that records the others; DVC writes its own entry when it has ended
+
+
+def recorded(params: Mapping[str, object]) -> dict[str, Any]:
+    """Read the stages of ``dvc.lock`` that dvc.yaml still has, but for the one that records the others.
+
+    Args:
+        params: the present parameters by their dotted names.
+
+    Raises:
+        UserError: a parameter, dependency or result is not the recorded one, so the results are not of this state.
+    """
+    try:
+        stages = locked_stages(LOCK.read_bytes(), Path("dvc.yaml").read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"there is no {LOCK}, so there are no results yet; run `dvc repro`") from None
+    frozen = [name for name, stage in read_stages(Path("dvc.yaml").read_bytes()).items() if stage.get("frozen")]
+    advice = f"run `dvc unfreeze {' '.join(frozen)}`, then `dvc repro`" if frozen else "run `dvc repro`"
+    for key, value in parameters(stages).items():
+        if (now := params.get(key)) != value:
+            raise UserError(f"params.yaml: {key} is {now}, and the results were made with {value}; {advice}")
+    for name, stage in stages.items():
+        for file in [*stage.get("deps", []), *stage.get("outs", [])]:
+            path = file["path"]
+            if not Path(path).exists():
+                raise UserError(f"{path} is missing; {advice}")
+            if file_md5(path) not in (file["md5"], None):  # None for a folder
+                raise UserError(f"{path} has changed since stage {name} last ran; {advice}")
+    return stages
+
+
+def read_stages(content: bytes) -> dict[str, Any]:
+    """Give the stages of ``dvc.lock`` or ``dvc.yaml``, read as DVC does: for other readers of YAML, 1e-05 is text.
+
+    Raises:
+        UserError: it is not such a file, such as in a merge with conflicts.
+    """
+    try:
+        stages: dict[str, Any] = YAML(typ="safe").load(content)["stages"]
+    except (YAMLError, TypeError, KeyError):
+        raise UserError(f"dvc.lock or dvc.yaml {DAMAGED}") from None
+    return stages
+
+
+def locked_stages(lock: bytes, pipeline: bytes) -> dict[str, Any]:
+    """Give the stages of a ``dvc.lock`` that its dvc.yaml has, but for ``TRACK``: DVC keeps the entries of others."""
+    names = read_stages(pipeline).keys() - {TRACK}
+    return {name: stage for name, stage in read_stages(lock).items() if name in names}
+
+
+def outputs(stages: dict[str, Any]) -> dict[str, str]:
+    """Give the MD5 of each result that the stages of a ``dvc.lock`` record, by path; the data are no result."""
+    files = [file for stage in stages.values() for file in stage.get("outs", [])]
+    return {file["path"]: file["md5"] for file in files if not file["md5"].endswith(".dir")}
+
+
+def dependencies(stages: dict[str, Any]) -> dict[str, str]:
+    """Give the MD5 of each file and folder that the stages of a ``dvc.lock`` depend on, by path."""
+    return {file["path"]: file["md5"] for stage in stages.values() for file in stage.get("deps", [])}
+
+
+def parameters(stages: dict[str, Any]) -> dict[str, Any]:
+    """Give the parameters that the stages of a ``dvc.lock`` record, each by its dotted name."""
+    values: dict[str, Any] = {}
+    for stage in stages.values():
+        for key, value in stage.get("params", {}).get("params.yaml", {}).items():
+            values |= {key: value} if "." in key else {f"{key}.{name}": item for name, item in value.items()}
+    return values
