@@ -78,7 +78,7 @@ def compare(config: Params) -> tuple[list[str], bool]:
     lines = [f"different: {len(different)} of {len(committed)} files are not the committed ones: {named}"]
     # A stage whose results are all as they were has no part in it, such as `download` with another mirror.
     to_blame = {name: stage for name, stage in stages.items() if lock.outputs({name: stage}).keys() & {*different}}
-    if edits := _edits(config, to_blame, stages):
+    if edits := _edits(config, to_blame, stages) or _edited_results(different):
         return [*lines, *(f"likely reason: {edit}" for edit in edits)], False
     reason = _other_arithmetic(config)
     if reason:
@@ -114,6 +114,13 @@ def _edits(config: Params, to_blame: dict[str, Any], stages: dict[str, Any]) -> 
         *(f"{file} is edited" for file in edited if file in used or file not in elsewhere),
         *(f"{file} is committed, but dvc.lock is of an older one; commit dvc.lock and results" for file in stale),
     ]
+
+
+def _edited_results(different: list[str]) -> list[str]:
+    """Name the results that are not those that the present ``dvc.lock`` records, such as a damaged file."""
+    made = lock.outputs(lock.read_stages(lock.LOCK.read_bytes())) if lock.LOCK.exists() else {}
+    edited = [path for path in different if lineage.file_md5(path) != made.get(path)]
+    return [f"{path} is not what the pipeline has made here; run `dvc repro`" for path in edited]
 
 
 def _other_arithmetic(config: Params) -> str | None:

@@ -1,11 +1,13 @@
 """Draw the tutorial's four plots, ours beside the published ones, the confusion matrix and the worst mistakes."""
 
+from pathlib import Path
+
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from lineage import run_command
+from lineage import UserError, lock, run_command
 from mnist_mlp import params, pictures
 from mnist_mlp.recipe import HISTORY, PLOTS, PREDICTIONS, data
 from mnist_mlp.recipe.history import FIGURES, published_history
@@ -15,8 +17,7 @@ from mnist_mlp.recipe.history import FIGURES, published_history
 def main() -> None:
     """Draw six plots."""
     config = params.load()
-    ours = np.atleast_1d(np.genfromtxt(HISTORY, delimiter=",", names=True))
-    predictions = np.genfromtxt(PREDICTIONS, delimiter=",", names=True)
+    ours, predictions = read(HISTORY), read(PREDICTIONS)
     images, _ = data.load("t10k")
 
     plots = {name: curves(name, ours, published_history()) for name in FIGURES}
@@ -27,6 +28,18 @@ def main() -> None:
     for name, figure in plots.items():
         pictures.save(figure, PLOTS / f"{name}.png", config.plot.dpi)
     print(f"{len(plots)} plots in {PLOTS}")
+
+
+def read(table: Path) -> NDArray[np.void]:
+    """Read a table of numbers; its columns are the fields.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        return np.atleast_1d(np.genfromtxt(table, delimiter=",", names=True))
+    except ValueError:
+        raise UserError(f"{table} {lock.DAMAGED}") from None
 
 
 def curves(name: str, ours: NDArray[np.void], published: list[dict[str, float]]) -> Figure:

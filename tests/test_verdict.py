@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from torch import nn
 
+import lineage
 from mnist_mlp import params, verdict
 from mnist_mlp.recipe import data, net
 from mnist_mlp.recipe.history import published_history
@@ -27,6 +28,14 @@ def check(folder: Path) -> subprocess.CompletedProcess[str]:
     assert [line for line in done.stdout.splitlines() if len(line) > 80] == []
     done.stdout = done.stdout.replace("\n  ", " ")  # a long line goes on below
     return done
+
+
+def make_other(folder: Path, path: str, content: bytes) -> None:
+    """Change a result as a run with other arithmetic would, which `dvc.lock` then records."""
+    before = lineage.md5((folder / path).read_bytes())
+    (folder / path).write_bytes(content)
+    recorded = (folder / "dvc.lock").read_text()
+    (folder / "dvc.lock").write_text(recorded.replace(before, lineage.md5(content)))
 
 
 def test_the_committed_bytes_are_reproduced(finished: Path) -> None:
@@ -70,9 +79,9 @@ def test_a_lock_that_is_not_committed_is_named(repository: Path) -> None:
 @pytest.mark.recipe
 def test_another_processor_is_expected_to_give_other_bytes(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(repository)
-    metrics = repository / "results/metrics.json"
-    before = metrics.read_text().split('"accuracy": ')[1].split(",")[0]
-    metrics.write_text(metrics.read_text().replace(before, "0.875", 1))
+    metrics = (repository / "results/metrics.json").read_text()
+    before = metrics.split('"accuracy": ')[1].split(",")[0]
+    make_other(repository, "results/metrics.json", metrics.replace(before, "0.875", 1).encode())
     lines, as_expected = verdict.compare(params.load(Path("params.yaml")))
     assert not as_expected
     assert lines[1].startswith("likely reason: unknown")
@@ -111,12 +120,24 @@ def test_what_decides_no_byte_is_no_reason(repository: Path) -> None:
 
 def test_layers_that_have_other_bytes_elsewhere_are_named(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(repository)
-    (repository / "results/history.csv").write_text("another history")
+    make_other(repository, "results/history.csv", b"another history")
     layers = nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten(), net.Linear(1352, 10)
     monkeypatch.setattr(net, "mlp", lambda _: nn.Sequential(*layers))
     lines, as_expected = verdict.compare(params.load(Path("params.yaml")))
     assert not as_expected
     assert lines[1].startswith("likely reason: BatchNorm2d, Conv2d: of all layers, only Linear of recipe/net.py has")
+
+
+def test_a_result_that_the_pipeline_has_not_made_is_named_and_the_advice_restores_it(repository: Path) -> None:
+    model = repository / "results/model.safetensors"
+    good = model.read_bytes()
+    model.unlink()  # it may be a link into DVC's cache
+    model.write_bytes(good[:1000])
+    done = check(repository)
+    line = "likely reason: results/model.safetensors is not what the pipeline has made here; run `dvc repro`"
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (1, line)
+    project.run(repository, "dvc", "repro", "plot")
+    assert check(repository).stdout.endswith(f"\n{REPRODUCED}\n")
 
 
 def test_a_lost_result_is_named(repository: Path) -> None:
