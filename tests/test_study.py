@@ -311,7 +311,7 @@ def test_a_cluster_gives_the_same_bytes_though_a_worker_dies_and_others_are_not_
         import os, pathlib, signal, threading, time, sys
         def watch():
             while True:
-                training = sys.modules.get("mnist_mlp.training")
+                training = sys.modules.get("mnist_mlp.recipe.training")
                 if training and hasattr(training, "train"):
                     break
                 time.sleep(0.01)
