@@ -6,7 +6,6 @@ people, atomic writes, and the folder in which commands work.
 
 import hashlib
 import importlib.util
-import json
 import os
 import platform
 import signal
@@ -78,10 +77,10 @@ def _refuse(text: str) -> NoReturn:
 
 
 def _hint() -> str:
-    # DVC removes a stage's results before it runs the stage. A stage of the study has a colon in its name, and goes on.
-    removed = "DVC_STAGE" in os.environ and ":" not in os.environ["DVC_STAGE"] and HERE == ROOT
-    hint = "; DVC has removed results: when this is mended, `dvc repro` makes them, or takes them from its cache"
-    return hint if removed else ""
+    # DVC removes most results of a stage before it runs it. A stage of the study, with a colon in its name, goes on.
+    in_repro = "DVC_STAGE" in os.environ and ":" not in os.environ["DVC_STAGE"] and HERE == ROOT
+    hint = "; when this is mended, `dvc repro` makes what DVC has removed, or takes it from its cache"
+    return hint if in_repro else ""
 
 
 def require(*packages: str) -> None:
@@ -107,16 +106,6 @@ def md5(content: bytes) -> str:
 def file_md5(path: str) -> str | None:
     """Hash a file; None if there is none."""
     return md5(Path(path).read_bytes()) if Path(path).is_file() else None
-
-
-def path_md5(path: str) -> str | None:
-    """Hash a file, or a folder of Python files, as ``dvc.lock`` has it; None if there is neither."""
-    folder = Path(path)
-    if not folder.is_dir():
-        return file_md5(path)
-    files = sorted((file.relative_to(folder).as_posix(), file) for file in folder.rglob("*.py"))
-    listed = [{"md5": file_md5(str(file)), "relpath": name} for name, file in files]
-    return md5(json.dumps(listed, sort_keys=True).encode()) + ".dir"
 
 
 def write(path: Path, content: bytes | str) -> None:

@@ -2,7 +2,10 @@
 
 import os
 
+import lineage
 from mnist_mlp import recipe  # noqa: F401, sets what must be set before PyTorch is loaded
+
+lineage.require("torch", "mlflow", "dvc")
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 # A model's .pt2 file contains its weights as a pickle. With this setting MLflow opens the file only if that pickle

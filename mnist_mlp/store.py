@@ -30,8 +30,7 @@ from requests.utils import get_environ_proxies
 from sqlalchemy.exc import NoSuchModuleError, SQLAlchemyError
 
 from lineage import HERE, ROOT, UserError
-from mnist_mlp.recipe import PUBLISHED
-from mnist_mlp.recipe.history import published_history
+from mnist_mlp.published import PUBLISHED, published_history
 
 EXPERIMENT = "mnist"
 STUDY = f"{EXPERIMENT}-study"  # an experiment of its own: its hundred runs would hide the pipeline's

@@ -31,11 +31,11 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 import lineage
-from lineage import ROOT, UserError, cpu, git, lock
+from lineage import UserError, cpu, git, lock
 from mnist_mlp import store
 from mnist_mlp.params import Params
+from mnist_mlp.published import published_history
 from mnist_mlp.recipe import HISTORY, METRICS, MODEL, PLOTS, data
-from mnist_mlp.recipe.history import published_history
 from mnist_mlp.recipe.params import SOURCES
 
 # Two files of a run: each with its name, of an ending that MLflow's page shows, and its name in runs of older states.
@@ -336,12 +336,7 @@ def run_name(config: Params, patch: bytes | None) -> str:
     ]
     more = ["..."] if len(changed) > 3 else []
     edited = "" if patch is not None and set(git.changed_files(patch)) <= {"params.yaml"} else "+"
-    return " ".join([f"{branch()}-{git.commit()[:7]}{edited}", *changed[:3], *more])
-
-
-def branch() -> str:
-    """Name the repository's branch."""
-    return git.run("-C", str(ROOT), "rev-parse", "--abbrev-ref", "HEAD").stdout.decode().strip()
+    return " ".join([f"{git.branch()}-{git.commit()[:7]}{edited}", *changed[:3], *more])
 
 
 def provenance(patch: bytes | None) -> dict[str, str]:
@@ -349,7 +344,7 @@ def provenance(patch: bytes | None) -> dict[str, str]:
     versions = {name: importlib.metadata.version(name) for name in ("torch", "mlflow", "dvc")}
     return versions | {
         "git.commit": git.commit(),
-        "git.branch": branch(),
+        "git.branch": git.branch(),
         "git.patch.md5": git.UNKNOWN if patch is None else lineage.md5(patch) if patch else CLEAN,
         "code.md5": git.code_md5(),
         "data.digest": data.DIGEST,

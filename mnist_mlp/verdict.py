@@ -11,6 +11,7 @@ import platform
 import re
 import sys
 import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ import lineage
 from lineage import UserError, git, lock, run_command
 from mnist_mlp import params
 from mnist_mlp.params import Params
+from mnist_mlp.published import published_history
 from mnist_mlp.recipe import HAS_AVX2, METRICS, PLOTS, data
-from mnist_mlp.recipe.history import published_history
 
 
 def main() -> None:
@@ -103,17 +104,22 @@ def _edits(config: Params, to_blame: dict[str, Any], stages: dict[str, Any]) -> 
     used = lock.dependencies(to_blame)
     elsewhere = lock.dependencies({name: stage for name, stage in stages.items() if name not in to_blame})
     edited = git.changed_files(patch)
-    made = lock.outputs(stages)
+    made = [out["path"] for stage in stages.values() for out in stage.get("outs", [])]
     stale = [
         path
         for path, md5 in used.items()
-        if path not in (*edited, *made) and Path(path).is_file() and lineage.file_md5(path) != md5
+        if not any(_is_in(file, [path]) for file in (*edited, *made)) and lock.path_md5(path) not in (md5, None)
     ]
     return [
         *edits,
-        *(f"{file} is edited" for file in edited if file in used or file not in elsewhere),
+        *(f"{file} is edited" for file in edited if _is_in(file, used) or not _is_in(file, elsewhere)),
         *(f"{file} is committed, but dvc.lock is of an older one; commit dvc.lock and results" for file in stale),
     ]
+
+
+def _is_in(file: str, paths: Iterable[str]) -> bool:
+    """Look whether a file is one of some paths, or lies in one that is a folder."""
+    return not {file, *map(str, Path(file).parents)}.isdisjoint(paths)
 
 
 def _edited_results(different: list[str]) -> list[str]:

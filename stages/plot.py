@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 
 from lineage import UserError, lock, run_command
 from mnist_mlp import params, pictures
+from mnist_mlp.published import published_history
 from mnist_mlp.recipe import HISTORY, PLOTS, PREDICTIONS, data
-from mnist_mlp.recipe.history import FIGURES, published_history
+from mnist_mlp.recipe.history import FIGURES
 
 
 @pictures.styled

@@ -29,7 +29,7 @@ def main() -> None:
     config = params.load()
     members = plan.configs(config)
     fingerprint = cluster.fingerprint(config)
-    code = {path: lineage.path_md5(path) for path in _dependencies(plan.PIPELINE.read_bytes())}
+    code = {path: lock.path_md5(path) for path in _dependencies(plan.PIPELINE.read_bytes())}
     keys = [_key(member, code, fingerprint) for member in members]
 
     if set(keys) - _kept(keys).keys():

@@ -17,7 +17,8 @@ from scipy import stats
 
 from lineage import run_command, write
 from mnist_mlp import params, pictures
-from mnist_mlp.recipe.history import FIGURES, published_history
+from mnist_mlp.published import published_history
+from mnist_mlp.recipe.history import FIGURES
 from mnist_mlp.study import plan
 from mnist_mlp.study import tracking as study_tracking
 

@@ -7,7 +7,7 @@ from tqdm import tqdm
 from lineage import run_command, write
 from mnist_mlp import params, tracking
 from mnist_mlp.recipe import HISTORY, MODEL, net, training
-from mnist_mlp.recipe.history import csv_text
+from mnist_mlp.recipe.history import csv_text, rounded
 
 
 def main() -> None:
@@ -21,7 +21,7 @@ def main() -> None:
         for epoch, figures in enumerate(
             tqdm(epochs, "train", config.train.epochs, unit="epoch", disable=None, leave=False)
         ):
-            row = training.rounded(figures)
+            row = rounded(figures)
             tqdm.write("  ".join([f"epoch {epoch:2d}", *in_words(figures)]))
             history.append({"epoch": str(epoch)} | row)
             run.log_epoch(epoch, {name: float(value) for name, value in row.items()})

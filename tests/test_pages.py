@@ -14,7 +14,7 @@ from mlflow.entities import Experiment
 from mlflow.exceptions import MlflowException
 
 from mnist_mlp import pages, store
-from mnist_mlp.recipe import PUBLISHED
+from mnist_mlp.published import PUBLISHED
 from mnist_mlp.recipe.history import FIGURES
 from mnist_mlp.recipe.params import SOURCES
 from tests import project

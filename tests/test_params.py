@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from dvc.utils.hydra import apply_overrides  # type: ignore[import-untyped]
-from dvc.utils.serialize import load_yaml  # type: ignore[import-untyped]
+from dvc.utils.hydra import apply_overrides
+from dvc.utils.serialize import load_yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 

@@ -163,6 +163,7 @@ def test_another_code_is_another_run_with_the_change_that_is_not_committed(repos
     project.run(repository, "dvc", "repro")
     new, old = project.runs(repository)
     assert old.data.to_dictionary() == before.data.to_dictionary()
+    assert new.info.run_name == f"main-{new.data.tags['git.commit'][:7]}+"  # for changes that are not committed
     assert_complete(repository, new)
     patch = Path(client(repository).download_artifacts(new.info.run_id, "uncommitted.patch.txt")).read_text()
     assert '+    metrics["twice"] = 2.0' in patch

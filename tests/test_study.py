@@ -25,7 +25,8 @@ import yaml
 from mlflow.entities import Run
 
 from mnist_mlp import params, registry, store
-from mnist_mlp.recipe import PUBLISHED, data, training
+from mnist_mlp.published import PUBLISHED
+from mnist_mlp.recipe import data, training
 from mnist_mlp.recipe.history import FIGURES
 from mnist_mlp.recipe.params import VARIABLE
 from mnist_mlp.study import check, cluster, plan, words

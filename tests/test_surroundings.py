@@ -74,7 +74,7 @@ def test_a_python_without_the_packages_is_told_what_to_do_and_the_results_come_b
     done = project.run(repository, *command, env=project.environment(DVC_STAGE="train"), check=False)
     line = f"train: {sys.executable} has no torch, mlflow, dvc; type `make setup`, then `source .venv/bin/activate`; "
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(f"{line}DVC has removed results: when this is mended, `dvc repro` makes them")
+    assert done.stderr.startswith(f"{line}when this is mended, `dvc repro` makes what DVC has removed, or takes it")
     assert len(done.stderr.splitlines()) == 1
     project.run(repository, "dvc", "repro")
     assert project.contents(repository) == project.contents(finished)

@@ -11,8 +11,8 @@ from torch import nn
 
 import lineage
 from mnist_mlp import params, verdict
+from mnist_mlp.published import published_history
 from mnist_mlp.recipe import data, net
-from mnist_mlp.recipe.history import published_history
 from tests import project
 
 REPRODUCED = "reproduced: model, history, metrics and plots are the committed bytes"
@@ -126,6 +126,23 @@ def test_layers_that_have_other_bytes_elsewhere_are_named(repository: Path, monk
     lines, as_expected = verdict.compare(params.load(Path("params.yaml")))
     assert not as_expected
     assert lines[1].startswith("likely reason: BatchNorm2d, Conv2d: of all layers, only Linear of recipe/net.py has")
+
+
+def test_code_in_a_folder_that_nobody_has_run_is_not_reproduced_and_track_refuses_it(repository: Path) -> None:
+    with (repository / "mnist_mlp/recipe/training.py").open("a") as file:
+        file.write("# edited\n")
+    line = "mnist_mlp/recipe has changed since stage download last ran; run `dvc repro`"
+    done = check(repository)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (1, f"the committed bytes, but {line}")
+    done = project.run(repository, sys.executable, "-m", "stages.track", check=False)
+    assert (done.returncode, done.stderr) == (1, f"track: {line}\n")
+
+    make_other(repository, "results/plots/test_acc.png", b"another plot")
+    assert check(repository).stdout.splitlines()[-1] == "likely reason: mnist_mlp/recipe/training.py is edited"
+    project.run(repository, "git", "commit", "--quiet", "--message", "test", "mnist_mlp")
+    assert check(repository).stdout.splitlines()[-1] == (
+        "likely reason: mnist_mlp/recipe is committed, but dvc.lock is of an older one; commit dvc.lock and results"
+    )
 
 
 def test_a_result_that_the_pipeline_has_not_made_is_named_and_the_advice_restores_it(repository: Path) -> None:

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import lineage
 
-lineage.require("torch", "mlflow", "dvc")
-
 # PyTorch and oneDNN use the widest instructions that they find, and each width adds in another order. Limited to AVX2,
 # they give the same bytes on every x86-64 processor that has it. See also net.py.
 os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX2"
@@ -24,4 +22,3 @@ HISTORY = Path("results/history.csv")
 METRICS = Path("results/metrics.json")
 PREDICTIONS = Path("results/predictions.csv")
 PLOTS = Path("results/plots")
-PUBLISHED = Path("data/published_history.csv")  # the history that the tutorial prints; may be missing or empty

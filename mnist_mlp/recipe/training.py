@@ -5,7 +5,7 @@ at least three times as long (``make bench``).
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -201,11 +201,6 @@ def _set_arithmetic(config: Recipe) -> None:
     """Compute as ``params.yaml`` says, however many cores there are: the bytes of most layers depend on it."""
     torch.set_num_threads(config.train.threads)
     torch.use_deterministic_algorithms(config.train.device == "cuda")
-
-
-def rounded(figures: Mapping[str, float]) -> dict[str, str]:
-    """Round figures to the six decimals that the files of results have."""
-    return {name: f"{value:.6f}" for name, value in figures.items()}
 
 
 def _accuracy(scores: Tensor, labels: Tensor) -> float:

@@ -40,6 +40,7 @@ import mnist_mlp
 from lineage import UserError, cpu
 from mnist_mlp.params import Params
 from mnist_mlp.recipe import data, net, training
+from mnist_mlp.recipe.history import rounded
 from mnist_mlp.study import plan
 
 ADDRESS = "DASK_SCHEDULER_ADDRESS"
@@ -62,10 +63,10 @@ def train_run(config: Params, raw: Path = data.RAW) -> plan.Run:
     history = []
     try:
         for figures in training.train(model, sets, config):
-            history.append(training.rounded(figures))
+            history.append(rounded(figures))
     except training.DivergedError:
         return plan.Run({}, "", history)
-    metrics = training.rounded(training.evaluate(model, sets, config)[1])
+    metrics = rounded(training.evaluate(model, sets, config)[1])
     return plan.Run(metrics, lineage.md5(net.save_weights(model)), history)
 
 
