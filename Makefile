@@ -28,7 +28,7 @@ repro: clone setup  ## run what is due of the pipeline, and say what came out
 study: clone setup  ## train the recipe with many seeds, and describe what comes out
 	@$(BIN)/python -m mnist_mlp.params
 	@$(BIN)/dvc repro study/dvc.yaml
-	@$(BIN)/python -m mnist_mlp.study.tracking
+	@$(BIN)/python -m mnist_mlp.study.record
 
 study-check: clone setup  ## train RUNS (2) of the study's runs again, drawn at random, and compare
 	@$(BIN)/python -m mnist_mlp.study.check --runs '$(RUNS)'

@@ -1,6 +1,5 @@
 """Git: the commit that a result comes from, and the changes that are not committed."""
 
-import json
 import os
 import re
 import subprocess
@@ -8,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from lineage import ROOT, UserError, file_md5, lock, md5
+from lineage import ROOT, UserError, lock
 
 UNKNOWN = "unknown"
 
@@ -69,15 +68,6 @@ def branch() -> str:
 def changed_files(patch: bytes) -> list[str]:
     """List the files that a patch changes."""
     return re.findall(r"^diff --git a/.* b/(.*)$", patch.decode(errors="replace"), re.MULTILINE)
-
-
-def code_md5() -> str:
-    """Hash the files that the pipeline depends on, as they are now: the same before and after a commit of them."""
-    code = _code()
-    if code is None:
-        return UNKNOWN
-    hashes = {path: file_md5(path) for path in code}
-    return md5(json.dumps({path: found for path, found in hashes.items() if found}, sort_keys=True).encode())
 
 
 def _code(index: dict[str, str] | None = None) -> list[str] | None:

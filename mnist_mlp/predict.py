@@ -15,7 +15,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from scipy import ndimage
 
 from lineage import CALLER, UserError, run_command
-from mnist_mlp import registry
+from mnist_mlp import champion
 from mnist_mlp.recipe import data
 
 CUT = "cut the picture so that it shows one digit and plain paper all around it"
@@ -28,7 +28,7 @@ def main() -> None:
     )
     parser.add_argument("pictures", metavar="IMAGE", nargs="+", type=Path)
     pictures = parser.parse_args().pictures
-    _, classify = registry.load()
+    _, classify = champion.load()
     failed = False
     for path in pictures:
         try:

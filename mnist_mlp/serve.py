@@ -23,7 +23,7 @@ from pydantic import BaseModel, FailFast, Field, ValidationError
 from starlette.requests import ClientDisconnect
 
 from lineage import UserError, run_command
-from mnist_mlp import registry
+from mnist_mlp import champion, record
 from mnist_mlp.recipe import data
 
 LIMIT = 32 << 20  # bytes of a request: MNIST's test images fit, and their JSON takes less than 1 GB and 1 s to read
@@ -55,10 +55,10 @@ def main() -> None:
     # A second thread saves 1 ms of the 20 ms that 256 images take. But if other processes use its core, it costs
     # 100 ms, because the first thread waits for it.
     torch.set_num_threads(1)
-    version, classify = registry.load()
+    version, classify = champion.load()
     gc.freeze()  # the libraries' objects stay; a search for garbage among them takes 0.4 s, while requests wait
     print(
-        f"serving {registry.NAME} version {version.version}, model {version.tags.get('model.md5', 'unknown')}\n"
+        f"serving {record.NAME} version {version.version}, model {version.tags.get('model.md5', 'unknown')}\n"
         f"POST images to http://127.0.0.1:{port}/invocations",
         flush=True,
     )
@@ -68,7 +68,7 @@ def main() -> None:
         gc.unfreeze()  # so that Python can free these objects at its end; otherwise nanobind, a part of Triton, warns
 
 
-def server(version: ModelVersion, classify: registry.Classifier) -> FastAPI:
+def server(version: ModelVersion, classify: champion.Classifier) -> FastAPI:
     """Put a model behind ``/invocations``; a request that is wrong gets status 400, a huge one 413, and the reason."""
     app = FastAPI(openapi_url=None)  # without the generated pages, which would load scripts from elsewhere
 

@@ -20,7 +20,7 @@ from mnist_mlp import params, pictures
 from mnist_mlp.published import published_history
 from mnist_mlp.recipe.history import FIGURES
 from mnist_mlp.study import plan
-from mnist_mlp.study import tracking as study_tracking
+from mnist_mlp.study import record as study_record
 
 SETTING = "setting"  # a column that joins the varied parameters
 ONLY = "the recipe"  # its value where nothing varies
@@ -49,7 +49,7 @@ def main() -> None:
         pictures.save(curves(history, published, name, settings), plan.PLOTS / f"{name}.png", config.plot.dpi)
     pictures.save(dots(runs, published, target), plan.PLOTS / "accuracy.png", config.plot.dpi)
 
-    name, outcome = study_tracking.track(config)
+    name, outcome = study_record.track(config)
     print(f"{plan.SUMMARY} and {len(FIGURES) + 1} plots; MLflow: {name} {outcome}")
 
 

@@ -5,11 +5,18 @@ it fills in from ``results/`` whatever is missing. Where nothing is missing it c
 """
 
 import argparse
+import json
 import os
+from functools import partial
 from pathlib import Path
 
-from lineage import git, run_command, write
-from mnist_mlp import pages, params, registry, store, tracking
+from mlflow.entities import Run
+
+from lineage import git, lock, registry, run_command, runs, write
+from mnist_mlp import params, record
+from mnist_mlp.params import Params
+from mnist_mlp.recipe import HISTORY, METRICS, MODEL, PLOTS, data
+from mnist_mlp.recipe.params import SOURCES
 
 TRACKED = Path("results/tracked")  # for DVC: which results this repository's MLflow store has
 
@@ -20,15 +27,54 @@ def main() -> None:
     parser.add_argument("--news", action="store_true", help="say nothing where nothing is missing")
     news = parser.parse_args().news
     config = params.load()
-    run, added = tracking.track(config)
-    decision = registry.register(run, config)
-    write(TRACKED, run.data.tags["dvc.lock.md5"] + "\n")
+    recorded = lock.recorded(config.flat())  # or this ends here: the results are of another state
+    metrics = json.loads(METRICS.read_text())
+    run, added = runs.track(
+        record.EXPERIMENT,
+        recorded,
+        record.flat(config),
+        record.dataset(config),
+        record.TAGS,
+        history=HISTORY,
+        model=MODEL,
+        log_model=partial(record.log_model, config),
+        # The mean of batches is the last point of test_acc already, and MLflow's page shows metrics before curves.
+        metrics={name: metrics[name] for name in ("accuracy", "validation_accuracy") if name in metrics},
+        tables={
+            "per_digit.json": {
+                "digit": list(range(data.CLASSES)),
+                "precision": metrics["precision"],
+                "recall": metrics["recall"],
+            }
+        },
+        files={"": [METRICS], "plots": sorted(PLOTS.glob("*.png"))},
+        note=record.summary(config, metrics),
+        unnamed=SOURCES,
+    )
+    record.publish(record.EXPERIMENT)
+    decision = decide(run, config)
+    write(TRACKED, run.data.tags[runs.DIGEST] + "\n")
     if news and not added:
         return
     print(f"MLflow: run {run.info.run_name} {'is now' if added else 'was'} complete")
-    print(f"{decision}\n{pages.lead(store.EXPERIMENT)}")
+    print(f"{decision}\n{record.lead()}")
     if "DVC_EXP_NAME" in os.environ and not git.keeps_experiments():
         print("DVC keeps no experiment in a shallow clone, so only MLflow has it;\ntype `git fetch --unshallow`")
+
+
+def decide(run: Run, config: Params) -> str:
+    """Make the run's model a version if it reaches the target, decide who is champion, and say what came of it."""
+    if not config.evaluate.register_model:
+        return "not registered: evaluate.register is false"
+    state, version = "not registered, because the target is missed", None
+    if run.data.metrics["accuracy"] >= config.evaluate.target_accuracy:
+        version = registry.register(run, record.NAME, record.ABOUT, record.RANKS)
+        state = f"{record.NAME} version {version.version}"
+    champion = registry.crown(record.NAME, data.DIGEST, record.RANKS)
+    if champion is None:
+        return f"{state}; there is no champion of these data"
+    same = version and champion.version == version.version
+    return f"{state}, the champion" if same else f"{state}; the champion is version {champion.version}"
 
 
 if __name__ == "__main__":

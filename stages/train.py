@@ -1,13 +1,16 @@
 """Train the net by the tutorial's recipe: plain SGD on cross-entropy, tested after every epoch."""
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 
+import mlflow
 from tqdm import tqdm
 
-from lineage import run_command, write
-from mnist_mlp import params, tracking
+from lineage import md5, run_command, runs, write
+from mnist_mlp import params, record
 from mnist_mlp.recipe import HISTORY, MODEL, net, training
 from mnist_mlp.recipe.history import csv_text, rounded
+from mnist_mlp.recipe.params import SOURCES
 
 
 def main() -> None:
@@ -16,20 +19,19 @@ def main() -> None:
     sets = training.load(config)
     model = training.new_model(config)
     history = []
-    with tracking.new_run(config) as run:
+    with runs.live(record.EXPERIMENT, record.flat(config), record.dataset(config), record.TAGS, SOURCES) as run:
         epochs = training.train(model, sets, config)
-        for epoch, figures in enumerate(
-            tqdm(epochs, "train", config.train.epochs, unit="epoch", disable=None, leave=False)
-        ):
+        bar = tqdm(epochs, "train", config.train.epochs, unit="epoch", disable=None, leave=False)
+        for epoch, figures in enumerate(bar):
             row = rounded(figures)
             tqdm.write("  ".join([f"epoch {epoch:2d}", *in_words(figures)]))
             history.append({"epoch": str(epoch)} | row)
-            run.log_epoch(epoch, {name: float(value) for name, value in row.items()})
+            run.send(mlflow.log_metrics, {name: float(value) for name, value in row.items()}, step=epoch)
 
         weights = net.save_weights(model)
         write(HISTORY, csv_text(history[0], history))
         write(MODEL, weights)
-        run.log_model(config, weights)
+        run.send(runs.add_model, run.id, md5(weights), partial(record.log_model, config))
 
 
 def in_words(figures: Mapping[str, float]) -> Iterator[str]:

@@ -18,12 +18,12 @@ import uvicorn
 from fastapi import FastAPI
 from pydantic import BaseModel
 
-from lineage import UserError, run_command
-from mnist_mlp import params, registry
+from lineage import UserError, registry, run_command
+from mnist_mlp import params, record
 from mnist_mlp.recipe import MODEL, data, net
 from tests.loopback import running
 
-CHAMPION = f"models:/{registry.NAME}@{registry.CHAMPION}"
+CHAMPION = f"models:/{record.NAME}@{registry.CHAMPION}"
 SERVERS = {
     "`make serve`": [sys.executable, "-m", "mnist_mlp.serve", "--port", "{port}"],
     "`mlflow models serve`": [

@@ -12,7 +12,7 @@ import yaml
 from mlflow.entities import Run
 from PIL import Image
 
-from mnist_mlp import params, store
+from mnist_mlp import params, record
 
 REPOSITORY = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -119,7 +119,9 @@ def runs(folder: Path) -> list[Run]:
 def runs_at(uri: str) -> list[Run]:
     mlflow.set_tracking_uri(uri)
     ours = "attributes.run_name != 'published'"
-    found: list[Run] = mlflow.search_runs(experiment_names=[store.EXPERIMENT], filter_string=ours, output_format="list")
+    found: list[Run] = mlflow.search_runs(
+        experiment_names=[record.EXPERIMENT], filter_string=ours, output_format="list"
+    )
     return found
 
 

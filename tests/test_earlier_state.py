@@ -7,7 +7,7 @@ import mlflow
 import pytest
 from PIL import Image
 
-from mnist_mlp import registry
+from mnist_mlp import record
 from mnist_mlp.recipe import data
 from tests import project
 
@@ -35,10 +35,10 @@ def test_the_runs_and_versions_of_an_earlier_state_are_found_served_and_proved(m
     new, *others = project.runs(folder)
     assert [run.to_dictionary() for run in others] == [old.to_dictionary()]
     assert new.data.tags["model.md5"] == old.data.tags["model.md5"]
-    (version,) = mlflow.MlflowClient().search_model_versions(f"name = '{registry.NAME}'")
+    (version,) = mlflow.MlflowClient().search_model_versions(f"name = '{record.NAME}'")
     assert version.run_id == old.info.run_id
 
-    for model in (old.info.run_id, f"models:/{registry.NAME}/{version.version}"):
+    for model in (old.info.run_id, f"models:/{record.NAME}/{version.version}"):
         done = project.run(folder, sys.executable, "-m", "mnist_mlp.verify", model)
         assert f"identical: run {old.info.run_id}" in done.stdout
     Image.fromarray(255 - data.load("t10k")[0][0]).resize((300, 300)).save(folder / "seven.png")

@@ -11,7 +11,8 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from mnist_mlp import registry
+from lineage import registry
+from mnist_mlp import record
 from mnist_mlp.recipe import METRICS, data
 from tests import project
 
@@ -82,9 +83,9 @@ def test_the_champion_is_the_best_even_of_models_registered_at_once(explored: Pa
     ended = [run for run in project.runs(explored) if run.info.status == "FINISHED"]
     accuracies = {run.data.tags["model.md5"]: run.data.metrics["accuracy"] for run in ended}
     client = mlflow.MlflowClient()
-    versions = client.search_model_versions(f"name = '{registry.NAME}'")
+    versions = client.search_model_versions(f"name = '{record.NAME}'")
     assert {version.tags["model.md5"]: float(version.tags["accuracy"]) for version in versions} == accuracies
-    champion = client.get_model_version_by_alias(registry.NAME, registry.CHAMPION)
+    champion = client.get_model_version_by_alias(record.NAME, registry.CHAMPION)
     assert float(champion.tags["accuracy"]) == max(accuracies.values())
 
 
@@ -115,8 +116,8 @@ def test_a_removed_experiment_stays_readable_in_mlflow(explored: Path, tmp_path:
     project.run(folder, "dvc", "exp", "remove", *experiments(folder))
     assert experiments(folder) == {}
     assert len(project.runs(folder)) == 4
-    version = mlflow.MlflowClient().get_model_version_by_alias(registry.NAME, registry.CHAMPION)
-    assert mlflow.pyfunc.load_model(f"models:/{registry.NAME}/{version.version}")
+    version = mlflow.MlflowClient().get_model_version_by_alias(record.NAME, registry.CHAMPION)
+    assert mlflow.pyfunc.load_model(f"models:/{record.NAME}/{version.version}")
 
 
 @pytest.mark.full
@@ -155,10 +156,10 @@ def test_a_better_model_becomes_champion_and_a_worse_or_a_poor_one_does_not(trie
     folder = project.copy(tried, tmp_path / "repository")
 
     done = project.run(folder, "dvc", "exp", "run", "--name", "better", "-S", "train.epochs=3")
-    assert f"{registry.NAME} version 3, the champion" in done.stdout
+    assert f"{record.NAME} version 3, the champion" in done.stdout
     worse = ("-S", "train.epochs=2", "-S", "train.lr=0.05")
     done = project.run(folder, "dvc", "exp", "run", "--temp", "--name", "worse", *worse)
-    assert f"{registry.NAME} version 2; the champion is version 3" in done.stdout
+    assert f"{record.NAME} version 2; the champion is version 3" in done.stdout
     target = ("-S", "evaluate.target_accuracy=0.999")
     done = project.run(folder, "dvc", "exp", "run", "--temp", "--name", "poor", *target)
     assert "not registered, because the target is missed; the champion is version 3" in done.stdout
@@ -166,9 +167,9 @@ def test_a_better_model_becomes_champion_and_a_worse_or_a_poor_one_does_not(trie
     head = project.run(folder, "git", "rev-parse", "HEAD").stdout.strip()
     assert [run.info.run_name for run in project.runs(folder)][:3] == ["poor", "worse", "better"]
     assert {run.data.tags["git.commit"] for run in project.runs(folder)[:3]} == {head}
-    versions = mlflow.MlflowClient().search_model_versions(f"name = '{registry.NAME}'")
+    versions = mlflow.MlflowClient().search_model_versions(f"name = '{record.NAME}'")
     assert sorted(int(version.version) for version in versions) == [1, 2, 3]
     for version in versions:
         assert version.tags["data.digest"] == data.DIGEST
         assert 0.5 < float(version.tags["accuracy"]) < 1
-    assert int(mlflow.MlflowClient().get_model_version_by_alias(registry.NAME, registry.CHAMPION).version) == 3
+    assert int(mlflow.MlflowClient().get_model_version_by_alias(record.NAME, registry.CHAMPION).version) == 3

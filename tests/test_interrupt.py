@@ -34,10 +34,10 @@ def test_ctrl_c_during_the_imports_ends_a_command_without_a_traceback(
 
 # Ctrl-C when SQLite has written a parameter or a metric, and not yet let go of its lock.
 IN_A_WRITE = """
-import os, signal, sys
+import mlflow, os, signal, sys
 from sqlalchemy import engine, event
-from lineage import run_command
-from mnist_mlp import params, tracking
+from lineage import run_command, runs
+from mnist_mlp import params, record
 
 def interrupt(connection, cursor, statement, *more):
     if statement.startswith("INSERT INTO " + sys.argv[1]):
@@ -46,8 +46,9 @@ def interrupt(connection, cursor, statement, *more):
 
 def main():
     event.listen(engine.Engine, "after_cursor_execute", interrupt)
-    with tracking.new_run(params.load()) as run:
-        run.log_epoch(0, {"train_loss": 1.0})
+    config = params.load()
+    with runs.live(record.EXPERIMENT, record.flat(config), record.dataset(config), record.TAGS) as run:
+        run.send(mlflow.log_metric, "train_loss", 1.0)
 
 run_command(main)
 """

@@ -112,7 +112,7 @@ def walk(folder: Path, mirror: Path) -> None:
     # 5. A new metric
     held_out = "    if config.data.validation:\n        held_out"
     edit(folder, "mnist_mlp/recipe/training.py", (held_out, indented(metric) + held_out))
-    edit(folder, "mnist_mlp/tracking.py", ('{"accuracy", "validation', '{"accuracy", "top3_accuracy", "validation'))
+    edit(folder, "stages/track.py", ('("accuracy", "validation', '("accuracy", "top3_accuracy", "validation'))
 
     # 6. A new plot
     call = '    plots["confidence"] = confidence(predictions)\n'
@@ -126,8 +126,8 @@ def walk(folder: Path, mirror: Path) -> None:
     edit(folder, "dvc.yaml", (plot, f"    - results/plots/confidence.png:\n        cache: false\n{plot}"))
 
     # 8. Other names
-    edit(folder, "mnist_mlp/store.py", ('EXPERIMENT = "mnist"', 'EXPERIMENT = "patches"'))
-    edit(folder, "mnist_mlp/registry.py", ('NAME = "mnist-mlp"', 'NAME = "patches-cnn"'))
+    edit(folder, "mnist_mlp/record.py", ('EXPERIMENT = "mnist"', 'EXPERIMENT = "patches"'))
+    edit(folder, "mnist_mlp/record.py", ('NAME = "mnist-mlp"', 'NAME = "patches-cnn"'))
     edit(folder, "pyproject.toml", ('name = "mnist-mlp"', 'name = "patches-cnn"'))
 
     # 9. No published figures

@@ -13,7 +13,8 @@ import pytest
 from mlflow.entities import Experiment
 from mlflow.exceptions import MlflowException
 
-from mnist_mlp import pages, store
+from lineage import pages, store
+from mnist_mlp import record
 from mnist_mlp.published import PUBLISHED
 from mnist_mlp.recipe.history import FIGURES
 from mnist_mlp.recipe.params import SOURCES
@@ -34,7 +35,7 @@ def client(folder: Path) -> mlflow.MlflowClient:
     return mlflow.MlflowClient()
 
 
-def experiment(folder: Path, name: str = store.EXPERIMENT) -> Experiment:
+def experiment(folder: Path, name: str = record.EXPERIMENT) -> Experiment:
     found = client(folder).get_experiment_by_name(name)
     assert found
     return found
@@ -76,10 +77,10 @@ def test_a_server_of_another_release_gets_no_view_and_one_that_refuses_it_fails_
 ) -> None:
     monkeypatch.setattr(store, "ROOT", repository)
     monkeypatch.setattr(pages, "ROOT", repository)
-    store.connect()
-    assert "viewStateShareKey" in pages.lead(store.EXPERIMENT)
+    store.connect(record.EXPERIMENT)
+    assert "viewStateShareKey" in record.lead()
     monkeypatch.setattr(pages, "RELEASE", "0.0")
-    assert "viewStateShareKey" not in pages.lead(store.EXPERIMENT)
+    assert "viewStateShareKey" not in record.lead()
     monkeypatch.undo()
     monkeypatch.setattr(pages, "ROOT", repository)
 
@@ -89,7 +90,7 @@ def test_a_server_of_another_release_gets_no_view_and_one_that_refuses_it_fails_
     monkeypatch.setattr(mlflow.MlflowClient, "set_experiment_tag", refuse)
     monkeypatch.setattr(pages, "VIEW", "another")
     monkeypatch.setattr(pages, "TAG", "another")
-    assert pages.lead(store.EXPERIMENT).endswith("workflowType=machine_learning")
+    assert record.lead().endswith("workflowType=machine_learning")
 
 
 @pytest.mark.recipe
@@ -114,7 +115,7 @@ def test_a_runs_page_begins_with_the_recipe_and_ends_with_where_the_data_come_fr
     assert "champion" in (client(finished).get_registered_model(version.name).description or "")
     assert run.outputs is not None
     (logged,) = run.outputs.model_outputs
-    name = f"{store.EXPERIMENT}-{run.data.tags['model.md5'][:7]}"
+    name = f"{record.EXPERIMENT}-{run.data.tags['model.md5'][:7]}"
     assert client(finished).get_logged_model(logged.model_id).name == name
 
 

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import yaml
 
-from lineage import UserError, write
-from mnist_mlp import params, store
+from lineage import UserError, store, write
+from mnist_mlp import params
 from mnist_mlp.published import published_history
 from mnist_mlp.recipe import data, net
 from mnist_mlp.recipe.history import FIGURES
@@ -239,7 +239,7 @@ def test_a_stage_that_is_run_as_a_file_says_how_to_run_it(tmp_path: Path) -> Non
 def test_each_stage_declares_every_file_that_decides_a_byte_of_its_results() -> None:
     """The other files that it may import read and check the parameters, talk to Git and MLflow, or spread the work."""
     root = project.REPOSITORY
-    read_or_log = ("__init__", "params", "published", "store", "tracking")
+    read_or_log = ("__init__", "params", "published", "record")
     others = {*root.glob("lineage/*.py"), *(root / f"mnist_mlp/{name}.py" for name in read_or_log)}
     others |= {root / "stages/__init__.py"}
     spread = set(root.glob("mnist_mlp/study/*.py"))
@@ -264,7 +264,8 @@ def test_imports_run_down_only_from_stages_by_the_package_to_the_link() -> None:
         imported = imports(f"mnist_mlp.recipe.{file.stem}")
         package = {path for path in imported if "mnist_mlp" in path.parts and "recipe" not in path.parts}
         assert package <= {project.REPOSITORY / "mnist_mlp/__init__.py"}, file
-    script = "import lineage.git, lineage.lock, sys; print(*{'torch', 'mnist_mlp'} & sys.modules.keys())"
+    modules = ", ".join(f"lineage.{file.stem}" for file in project.REPOSITORY.glob("lineage/[!_]*.py"))
+    script = f"import sys, {modules}; print(*{{'torch', 'mnist_mlp'}} & sys.modules.keys())"
     assert project.run(project.REPOSITORY, sys.executable, "-c", script).stdout == "\n"
 
 
@@ -318,7 +319,7 @@ def test_killed_in_the_middle_of_a_write_no_output_is_torn_and_the_next_run_give
 def test_a_store_that_was_half_made_is_made_anew(repository: Path) -> None:
     """The system kills the process when the file of the tables has grown to a third."""
     store, part = repository / "mlflow.db", repository / "mlflow.db.part"
-    connect = "from mnist_mlp import store; store.connect()"
+    connect = "from lineage import store; store.connect('any')"
     limit = "signal.signal(signal.SIGXFSZ, signal.SIG_DFL); resource.setrlimit(resource.RLIMIT_FSIZE, (200_000,) * 2)"
     script = f"import resource, signal; {limit}; {connect}"
     done = project.run(repository, sys.executable, "-c", script, check=False)
@@ -335,7 +336,7 @@ def test_a_store_in_memory_is_refused(uri: str, monkeypatch: pytest.MonkeyPatch)
     """Each stage would have one of its own, and all would be lost."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     with pytest.raises(UserError, match=r"MLFLOW_TRACKING_URI names a store in memory, .*; name a file or a server"):
-        store.connect()
+        store.connect("any")
 
 
 def test_two_processes_may_write_one_file_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -441,5 +442,5 @@ def test_a_full_or_read_only_disk_leaves_what_was_there(
 def test_nothing_calls_home(finished: Path) -> None:
     for option in ("core.analytics", "core.check_update"):
         assert project.run(finished, "dvc", "config", option).stdout.strip() == "false"
-    script = "import mnist_mlp, mlflow.telemetry.utils as t; print(t.is_telemetry_disabled())"
+    script = "import lineage.store, mlflow.telemetry.utils as t; print(t.is_telemetry_disabled())"
     assert project.run(finished, sys.executable, "-c", script).stdout.strip() == "True"

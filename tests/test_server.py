@@ -13,7 +13,8 @@ import mlflow
 import pytest
 from mlflow.entities import Run
 
-from mnist_mlp import registry
+from lineage import registry
+from mnist_mlp import record
 from tests import project
 from tests.loopback import NEVER, Server, free_port, running, silent
 
@@ -87,7 +88,7 @@ def test_the_pipeline_works_unchanged_and_its_results_outlive_the_server(
         assert run.info.artifact_uri.startswith("mlflow-artifacts:")
         artifacts = {artifact.path for artifact in mlflow.MlflowClient().list_artifacts(run.info.run_id)}
         assert artifacts >= {"params.yaml", "dvc.lock.yaml", "metrics.json", "plots"}
-        assert mlflow.pyfunc.load_model(f"models:/{registry.NAME}@{registry.CHAMPION}")
+        assert mlflow.pyfunc.load_model(f"models:/{record.NAME}@{registry.CHAMPION}")
 
         project.edit(repository, {"train.epochs": 4})
         training = subprocess.Popen(
@@ -116,7 +117,7 @@ def test_the_pipeline_works_unchanged_and_its_results_outlive_the_server(
         assert newest.info.status == "FINISHED"
         assert len(mlflow.MlflowClient().get_metric_history(newest.info.run_id, "test_acc")) == 4
         assert newest.data.metrics["accuracy"] > 0.5
-        assert mlflow.pyfunc.load_model(f"models:/{registry.NAME}@{registry.CHAMPION}")
+        assert mlflow.pyfunc.load_model(f"models:/{record.NAME}@{registry.CHAMPION}")
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,9 @@ import socket
 import sys
 import urllib.parse
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import mlflow
@@ -15,9 +17,9 @@ import uvicorn
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from lineage import UserError
-from mnist_mlp import params, registry, serve, store, tracking
-from mnist_mlp.recipe import data, net, training
+from lineage import UserError, md5, registry, runs, store, write
+from mnist_mlp import champion, params, record, serve
+from mnist_mlp.recipe import MODEL, data, net, training
 from tests import project
 from tests.loopback import free_port, running
 
@@ -44,7 +46,7 @@ def repository(mnist: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(store, "ROOT", folder)
-        patch.setattr(registry, "HERE", folder)
+        patch.setattr(champion, "HERE", folder)
         for name in ("MLFLOW_TRACKING_URI", "DVC_ROOT", "DVC_EXP_NAME"):
             patch.delenv(name, raising=False)
         config = params.load(Path("params.yaml"))
@@ -54,8 +56,11 @@ def repository(mnist: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         model = net.mlp(config.model.hidden)
         optimizer = torch.optim.SGD(model.parameters(), config.train.lr)
         training.train_epoch(model, optimizer, training.Dataset(inputs, labels.long()), torch.arange(len(labels)), 64)
-        with tracking.new_run(config) as run:
-            run.log_model(config, net.save_weights(model))
+        weights = net.save_weights(model)
+        write(MODEL, weights)
+        store.connect(record.EXPERIMENT)
+        with mlflow.start_run() as run:
+            runs.add_model(run.info.run_id, md5(weights), partial(record.log_model, config))
         crown(registry.CHAMPION)
         yield Repository(folder, net.ImageClassifier(model.eval(), config.data.mean, config.data.std))
 
@@ -64,8 +69,8 @@ def crown(alias: str) -> None:
     """Register the model that was logged last, with an alias."""
     model = mlflow.last_logged_model()
     assert model
-    version = mlflow.register_model(model.model_uri, registry.NAME, tags={"data.digest": data.DIGEST})
-    mlflow.MlflowClient().set_registered_model_alias(registry.NAME, alias, version.version)
+    version = mlflow.register_model(model.model_uri, record.NAME, tags={"data.digest": data.DIGEST})
+    mlflow.MlflowClient().set_registered_model_alias(record.NAME, alias, version.version)
 
 
 @pytest.fixture(scope="module")
@@ -227,12 +232,14 @@ def test_a_port_in_use_is_one_line() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (1, "", line)
 
 
-@pytest.mark.parametrize("missing", ["NAME", "CHAMPION"])
+@pytest.mark.parametrize(("module", "missing"), [(record, "NAME"), (registry, "CHAMPION")])
 @pytest.mark.usefixtures("repository")
-def test_without_a_champion_it_says_what_to_do(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, missing, "nobody")
+def test_without_a_champion_it_says_what_to_do(
+    module: ModuleType, missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, missing, "nobody")
     with pytest.raises(UserError, match=r"no usable models:/.*nobody.*not found.*; run `make repro`"):
-        registry.load()
+        champion.load()
 
 
 @pytest.mark.usefixtures("repository")
@@ -241,7 +248,7 @@ def test_a_pickled_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     crown("pickled")
     monkeypatch.setattr(registry, "CHAMPION", "pickled")
     with pytest.raises(UserError, match="pickle is disallowed"):
-        registry.load()
+        champion.load()
 
 
 def test_the_server_says_its_address(

@@ -11,8 +11,7 @@ import pytest
 from alembic import command
 from mlflow.store.db.utils import _get_alembic_config
 
-from lineage import UserError
-from mnist_mlp import store
+from lineage import UserError, store
 from tests import project
 
 TRACK = (sys.executable, "-m", "stages.track")

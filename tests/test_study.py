@@ -24,7 +24,8 @@ import torch
 import yaml
 from mlflow.entities import Run
 
-from mnist_mlp import params, registry, store
+from lineage import registry
+from mnist_mlp import params, record
 from mnist_mlp.published import PUBLISHED
 from mnist_mlp.recipe import data, training
 from mnist_mlp.recipe.history import FIGURES
@@ -37,7 +38,7 @@ ROOT = Path(__file__).parents[1]
 STUDY = ("dvc", "repro", "study/dvc.yaml")
 REPLICATE = (sys.executable, "-m", "stages.replicate")
 CHECK = (sys.executable, "-m", "mnist_mlp.study.check")
-TRACK = (sys.executable, "-m", "mnist_mlp.study.tracking")
+TRACK = (sys.executable, "-m", "mnist_mlp.study.record")
 full = pytest.mark.full
 SEEDS = 3
 HELD_OUT = data.SIZES["train"] // 12
@@ -120,7 +121,7 @@ def test_the_two_pipelines_do_not_run_each_other(repository: Path) -> None:
 
 @full
 def test_words_colours_and_published_figures_make_no_run_due(repository: Path) -> None:
-    for path in ("lineage/git.py", "mnist_mlp/pictures.py", "mnist_mlp/study/words.py", "mnist_mlp/study/tracking.py"):
+    for path in ("lineage/git.py", "mnist_mlp/pictures.py", "mnist_mlp/study/words.py", "mnist_mlp/study/record.py"):
         (repository / path).write_text((repository / path).read_text() + "# read by nobody\n")
     (repository / PUBLISHED).write_text("")
     output = project.run(repository, *STUDY, "--dry").stdout
@@ -599,20 +600,20 @@ def test_with_a_validation_set_settings_and_champion_are_chosen_by_it(repository
     assert (comparison["metric"], comparison["chooses_by_test_set"]) == ("validation_accuracy", False)
 
     output = project.run(repository, "dvc", "repro").stdout
-    assert f"{registry.NAME} version 2, the champion" in output
+    assert f"{record.NAME} version 2, the champion" in output
     metrics = json.loads((repository / "results/metrics.json").read_text())
     run = project.runs(repository)[0]
     assert run.data.metrics["validation_accuracy"] == metrics["validation_accuracy"] > 0.5
     history = (repository / "results/history.csv").read_text().splitlines()
     assert history[0].endswith(",val_loss,val_acc")
     client = mlflow.MlflowClient()
-    version = client.get_model_version(registry.NAME, "2")
+    version = client.get_model_version(record.NAME, "2")
     assert float(version.tags["validation_accuracy"]) == metrics["validation_accuracy"]
     # Better on the test set, worse on the validation set.
     tags = {"accuracy": "0.999", "validation_accuracy": "0.5"}
-    mlflow.register_model(version.source, registry.NAME, tags=tags)
+    mlflow.register_model(version.source, record.NAME, tags=tags)
     project.run(repository, sys.executable, "-m", "stages.track")
-    assert int(client.get_model_version_by_alias(registry.NAME, registry.CHAMPION).version) == 2
+    assert int(client.get_model_version_by_alias(record.NAME, registry.CHAMPION).version) == 2
 
 
 def test_held_out_images_are_the_last_and_no_part_of_the_training(mnist: Path) -> None:
@@ -746,7 +747,7 @@ def test_mlflow_has_one_parent_and_a_child_for_each_run_and_gets_them_once(repos
     mlflow.set_tracking_uri(f"sqlite:///{repository}/mlflow.db")
 
     def found() -> list[Run]:
-        runs: list[Run] = mlflow.search_runs(experiment_names=[store.STUDY], output_format="list")
+        runs: list[Run] = mlflow.search_runs(experiment_names=[record.STUDY], output_format="list")
         return [run for run in runs if run.info.run_name != "published"]
 
     before = found()
@@ -793,7 +794,7 @@ def test_mlflow_has_one_parent_and_a_child_for_each_run_and_gets_them_once(repos
     for path, damage in ((plan.SUMMARY, "{"), (plan.RUNS, better)):
         (repository / path).write_text(damage)
         done = project.run(repository, *TRACK, check=False)
-        line = f"tracking: {path} is not what the study has made; run `make study`\n"
+        line = f"record: {path} is not what the study has made; run `make study`\n"
         assert (done.returncode, done.stderr) == (1, line)
         project.run(repository, "dvc", "repro", "study/dvc.yaml")  # as `make study` does
         assert "was complete" in project.run(repository, *TRACK).stdout

@@ -42,10 +42,10 @@ def test_a_notebook_beside_the_clone_can_use_the_package(repository: Path, elsew
         import sys
         sys.path.insert(0, {str(repository)!r})
         from mnist_mlp.recipe import data, training
-        from mnist_mlp import params, registry
+        from mnist_mlp import champion, params
         config = params.load().replaced({{"train.epochs": 1}})
         print(*training.train(training.new_model(config), training.load(config), config))
-        version, classify = registry.load()
+        version, classify = champion.load()
         print(classify(data.load("t10k")[0][:3]).argmax(1))"""
     done = project.run(elsewhere, sys.executable, "-c", cells)
     assert "test_acc" in done.stdout

@@ -12,14 +12,15 @@ import pytest
 import torch
 
 import lineage
-from mnist_mlp import params, registry, store, tracking
+from lineage import proof, registry, runs, store
+from mnist_mlp import params, record
 from mnist_mlp import verify as verification
 from mnist_mlp.recipe import MODEL, data, net
 from tests import project
 
 WEIGHTS, PROBABILITIES = "the MD5 of the stored model's weights", "the MD5 of its probabilities for the test images"
 WRONG_DIGITS = r"path: results/plots/wrong_digits.png\n *hash: md5\n *md5: (\w+)"  # in dvc.lock
-CHAMPION = f"models:/{registry.NAME}@{registry.CHAMPION}"
+CHAMPION = f"models:/{record.NAME}@{registry.CHAMPION}"
 
 
 @pytest.fixture
@@ -103,17 +104,17 @@ def test_a_run_is_proved_with_code_that_is_committed_only_after_it_and_nothing_i
     assert files(repository) == before
 
     artifacts = Path(new.info.artifact_uri.removeprefix("file://"))
-    lock = artifacts / tracking.LOCK[0]
+    lock = artifacts / runs.LOCK[0]
     (digest,) = re.findall(WRONG_DIGITS, lock.read_text())
     lock.write_text(lock.read_text().replace(digest, "f" * 32))
     done = verify(repository, new.info.run_id)
     assert done.returncode == 1, done.stderr
     assert f"results/plots/wrong_digits.png is {'f' * 32} in the run, {digest} here" in done.stdout
 
-    with (artifacts / tracking.PATCH[0]).open("a") as patch:
+    with (artifacts / runs.PATCH[0]).open("a") as patch:
         patch.write("\n")
     done = verify(repository, new.info.run_id)
-    line = f"verify: run {new.info.run_id}: its {tracking.PATCH[0]} is damaged\n"
+    line = f"verify: run {new.info.run_id}: its {runs.PATCH[0]} is damaged\n"
     assert (done.returncode, done.stderr) == (2, line)
 
 
@@ -174,21 +175,21 @@ def test_a_stored_model_that_computes_something_else_is_different(
             signature=mlflow.models.infer_signature(images.numpy(), classifier(images).detach().numpy()),
         )  # fmt: skip
 
-    right = verification._model_hashes(CHAMPION)
+    right = verification.hash_model(CHAMPION)
     replace(Flipped(classifier))
-    assert verification._model_hashes(CHAMPION)[WEIGHTS] == right[WEIGHTS]
+    assert verification.hash_model(CHAMPION)[WEIGHTS] == right[WEIGHTS]
     done = verify(repository, CHAMPION)
     assert done.returncode == 1, done.stderr
     assert done.stdout.splitlines()[-2].startswith(PROBABILITIES)
 
     replace(Nudged(classifier))
-    hashes = verification._model_hashes(CHAMPION)
+    hashes = verification.hash_model(CHAMPION)
     assert hashes[WEIGHTS] == right[WEIGHTS]
     assert hashes[PROBABILITIES] != right[PROBABILITIES]
 
     next(model.parameters()).data[0, 0] += 1e-6
     replace(classifier)
-    assert verification._model_hashes(CHAMPION)[WEIGHTS] != right[WEIGHTS]
+    assert verification.hash_model(CHAMPION)[WEIGHTS] != right[WEIGHTS]
 
 
 @pytest.mark.full
@@ -214,7 +215,7 @@ def test_the_users_git_hooks_do_not_run_in_the_clone_that_proves(
     (tmp_path / "post-checkout").chmod(0o755)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(project.REPOSITORY)
-    assert (verification._clone("HEAD", tmp_path) / "dvc.yaml").exists()
+    assert (proof._clone("HEAD", tmp_path, []) / "dvc.yaml").exists()
 
 
 def test_a_commit_whose_file_does_not_come_out_again_is_different(finished: Path, repository: Path) -> None:
@@ -251,7 +252,7 @@ def test_every_stage_is_run_again_and_compared(finished: Path, repository: Path)
 
 
 def test_a_result_that_only_one_side_has_is_a_difference() -> None:
-    first_difference = verification._first_difference
+    first_difference = proof._first_difference
     assert first_difference({"a": "1"}, {"a": "1", "b": "2"}, "in dvc.lock") == ["b is missing in dvc.lock, 2 here"]
     assert first_difference({"a": "1", "b": "2"}, {"a": "1"}, "in dvc.lock") == ["b is 2 in dvc.lock, missing here"]
 
@@ -279,7 +280,7 @@ def test_a_broken_store_is_no_answer_but_advice_that_works(repository: Path) -> 
     database.rename(repository / "damaged")
     project.run(repository, sys.executable, "-m", "stages.track")
     (run,) = project.runs(repository)
-    assert verification._find(CHAMPION).info.run_id == run.info.run_id
+    assert proof.find(CHAMPION).info.run_id == run.info.run_id
 
 
 def test_an_error_that_nobody_expects_is_no_answer_and_named(
@@ -304,7 +305,7 @@ def test_a_model_whose_files_are_lost_is_no_answer_but_advice_that_works(
     project.run(repository, sys.executable, "-m", "stages.track")
     monkeypatch.chdir(repository)
     mlflow.set_tracking_uri(f"sqlite:///{repository}/mlflow.db")
-    assert verification._model_hashes(CHAMPION)[WEIGHTS] == lineage.md5(MODEL.read_bytes())
+    assert verification.hash_model(CHAMPION)[WEIGHTS] == lineage.md5(MODEL.read_bytes())
 
 
 @pytest.mark.full
@@ -316,9 +317,9 @@ def test_a_run_whose_files_are_lost_is_no_answer_but_advice_that_works(repositor
     line = f"verify: the files of run {lost.info.run_id} are lost; `make track` makes a run of the present results\n"
     assert (done.returncode, done.stderr) == (2, line)
     project.run(repository, sys.executable, "-m", "stages.track")
-    new, _ = project.runs(repository)
-    assert verification._find(CHAMPION).info.run_id == new.info.run_id
-    assert {artifact.path for artifact in mlflow.MlflowClient().list_artifacts(new.info.run_id)} >= {tracking.LOCK[0]}
+    (new,) = project.runs(repository)
+    assert proof.find(CHAMPION).info.run_id == new.info.run_id == lost.info.run_id
+    assert {artifact.path for artifact in mlflow.MlflowClient().list_artifacts(new.info.run_id)} >= {runs.LOCK[0]}
 
 
 @pytest.mark.parametrize(
@@ -328,9 +329,9 @@ def test_a_run_whose_files_are_lost_is_no_answer_but_advice_that_works(repositor
             "0123456789abcdef0123456789abcdef",
             "Run with id=0123456789abcdef0123456789abcdef not found; `make track` makes a run of the present results",
         ),
-        (f"models:/{registry.NAME}@nobody", "alias nobody not found"),
+        (f"models:/{record.NAME}@nobody", "alias nobody not found"),
         (
-            f"models:/{registry.NAME}",
+            f"models:/{record.NAME}",
             "accepted are models:/NAME@ALIAS, models:/NAME/VERSION, the id of an MLflow run, or a Git",
         ),
         (
@@ -347,13 +348,13 @@ def test_an_unknown_model_is_refused_in_one_line(
 
 def test_a_commit_without_results_is_refused(repository: Path, refusal: Callable[[Path, str], str]) -> None:
     found = project.run(repository, "git", "rev-list", "--max-parents=0", "HEAD").stdout[:10]
-    line = f"verify: commit {found} has no dvc.lock with results of train, evaluate and plot\n"
+    line = f"verify: commit {found} has no dvc.lock with results\n"
     assert refusal(repository, found) == line
 
 
 def test_a_run_of_the_study_is_refused(repository: Path, refusal: Callable[[Path, str], str]) -> None:
     client = mlflow.MlflowClient(f"sqlite:///{repository}/mlflow.db")
-    run = client.create_run(client.create_experiment(store.STUDY))
+    run = client.create_run(client.create_experiment(record.STUDY))
     line = f"verify: run {run.info.run_id} is one of the study, whose runs `make study-check` proves\n"
     assert refusal(repository, run.info.run_id) == line
 

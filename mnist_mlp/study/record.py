@@ -16,9 +16,10 @@ from mlflow.utils.time import get_current_time_millis
 from tqdm import tqdm
 
 import lineage
-from lineage import UserError, git, lock, run_command
-from mnist_mlp import pages, params, store, tracking
+from lineage import UserError, git, lock, run_command, runs, store
+from mnist_mlp import params, record
 from mnist_mlp.params import Params
+from mnist_mlp.recipe import data
 from mnist_mlp.recipe.params import VARIABLE
 from mnist_mlp.study import plan, words
 
@@ -29,9 +30,9 @@ def main() -> None:
     plan.check_parameters(config)
     _check_files(lock.read_stages(plan.LOCK.read_bytes()))
     name, outcome = track(config)
-    runs = plan.read(plan.RUNS.read_text(), plan.HISTORY.read_text())
-    settings = dict.fromkeys(_setting(row, name) for row, _ in runs)
-    print(f"MLflow: {name} {outcome}\n{pages.lead(store.STUDY, list(settings))}")
+    trained = plan.read(plan.RUNS.read_text(), plan.HISTORY.read_text())
+    settings = dict.fromkeys(_setting(row, name) for row, _ in trained)
+    print(f"MLflow: {name} {outcome}\n{record.lead_to_study(list(settings))}")
     print(words.in_words(json.loads(plan.SUMMARY.read_text())))
 
 
@@ -49,13 +50,14 @@ def track(config: Params) -> tuple[str, str]:
     """
     plan.check_parameters(config)
     _check_files(plan.recorded())
-    store.connect(store.STUDY)
+    store.connect(record.STUDY)
+    record.publish(record.STUDY)
     values = {name: config.flat()[name] for name in VARIABLE}
     tables = [path.read_bytes() for path in (plan.RUNS, plan.HISTORY)]
     digest = lineage.md5(b"".join([json.dumps(values, sort_keys=True).encode(), *tables]))
     try:
         with store.lock():
-            for parent in store.search(f"tags.`study.md5` = '{digest}'", experiment=store.STUDY):
+            for parent in store.search(record.STUDY, f"tags.`study.md5` = '{digest}'"):
                 if parent.info.status == "FINISHED":
                     added = _log_results(parent.info.run_id)
                     return parent.info.run_name, "has new results" if added else "was complete"
@@ -71,26 +73,26 @@ def _check_files(stages: dict[str, Any]) -> None:
             raise UserError(f"{path} is not what the study has made; run `make study`")
 
 
-def _write(config: Params, digest: str, runs: list[tuple[plan.Row, plan.Run]]) -> str:
+def _write(config: Params, digest: str, trained: list[tuple[plan.Row, plan.Run]]) -> str:
     """Write the parent and a child for each run, in three requests a child."""
     client, patch = mlflow.MlflowClient(), git.patch()
-    name = f"study of {len(runs)}, {git.commit()[:7]}{'' if patch == b'' else '+'}"
-    experiment = store.experiment_id(store.STUDY)
-    tags = tracking.provenance(patch) | {"study.md5": digest}
+    name = f"study of {len(trained)}, {git.commit()[:7]}{'' if patch == b'' else '+'}"
+    experiment = store.experiment_id(record.STUDY)
+    tags = runs.provenance(patch) | record.TAGS | {runs.DATA: data.DIGEST, "study.md5": digest}
     parent = client.create_run(experiment, tags=tags, run_name=name)
     values = {name: config.flat()[name] for name in VARIABLE} | config.study.vary
     client.log_batch(parent.info.run_id, params=[Param(key, str(value)) for key, value in values.items()])
     if patch:
-        tracking.log_patch(parent.info.run_id, patch)
-    by_seed = sorted(runs, key=lambda found: int(found[0]["seed"]))  # MLflow's page loads the first of each setting
+        runs.log_patch(parent.info.run_id, patch)
+    by_seed = sorted(trained, key=lambda found: int(found[0]["seed"]))  # MLflow's page loads the first of each setting
     for row, run in tqdm(by_seed, "MLflow", unit="run", disable=None, leave=False):
         member = plan.config_of(row, config).flat()
         child = client.create_run(
             experiment,
             tags={
                 MLFLOW_PARENT_RUN_ID: parent.info.run_id,
-                "model.md5": run.model_md5,
-                store.SETTING: _setting(row, name),
+                runs.MODEL: run.model_md5,
+                record.SETTING: _setting(row, name),
             },
             run_name=plan.label(row),
         )
@@ -98,7 +100,7 @@ def _write(config: Params, digest: str, runs: list[tuple[plan.Row, plan.Run]]) -
         now = get_current_time_millis()
         client.log_batch(
             child.info.run_id,
-            metrics=store.points(history) + [Metric(name, float(text), now, 0) for name, text in run.metrics.items()],
+            metrics=runs.points(history) + [Metric(name, float(text), now, 0) for name, text in run.metrics.items()],
             params=[Param(name, str(member[name])) for name in (*VARIABLE, "train.seed")],
         )
         # It was trained before, so from start to end no time has passed.
@@ -139,7 +141,7 @@ def _log_results(run_id: str) -> bool:
 
 def _delete(run_id: str) -> None:
     client = mlflow.MlflowClient()
-    for child in store.search(f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{run_id}'", experiment=store.STUDY):
+    for child in store.search(record.STUDY, f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{run_id}'"):
         client.delete_run(child.info.run_id)
     client.delete_run(run_id)
 

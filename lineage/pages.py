@@ -17,35 +17,32 @@ from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE  # an experiment's note has
 from mlflow.utils.rest_utils import http_request
 from mlflow.utils.time import get_current_time_millis
 
-from lineage import ROOT
-from mnist_mlp import store
+from lineage import ROOT, store
 
 # MLflow keeps named views of a table in tags of the experiment, in a format that is documented nowhere. This release
 # is the one with which we looked at ours; with another, no view is better than a broken one.
 RELEASE = "3.17.2"
 VIEW = "results"
 TAG = f"mlflow.sharedViewState.{VIEW}"
-COLUMNS = ("metrics.`accuracy`", "metrics.`test_acc`", "metrics.`test_loss`", "params.`train.lr`",
-           "params.`train.epochs`", "params.`train.seed`")  # fmt: skip
 CLICK = "No runs here? Click *Model training* once."
-NOTES = {
-    store.EXPERIMENT: f"{CLICK} A run is one state of `dvc.lock`; `{store.PUBLISHED_RUN}` is the tutorial's.",
-    store.STUDY: f"{CLICK} Each study has a row for each setting, and MLflow loads 100 runs at a time: after "
-    f"*Load more*, the means are those of all runs, and `{store.PUBLISHED_RUN}` is the tutorial's.",
-}
 
 
-def lead(experiment: str, settings: Sequence[str] = ()) -> str:
+def lead(experiment: str, note: str, columns: Sequence[str], group: str = "", values: Sequence[str] = ()) -> str:
     """Prepare the page of an experiment in the store that is open, and say how to open it.
 
     Args:
         experiment: its name.
-        settings: the study's, each of which becomes a row; none for the pipeline's runs.
+        note: what the page says above the runs, in Markdown.
+        columns: what the table shows, such as "metrics.`accuracy`"; without groups, the highest of the first comes
+            first.
+        group: a tag; the runs with the same value of it become one closed row, with their means.
+        values: the values of this tag.
 
     Returns:
         Lines for people; the address is the last.
     """
-    view = f"&viewStateShareKey={VIEW}" if _prepare(experiment, settings) else ""
+    table = _table(columns) | (_groups(group, values) if group else {})
+    view = f"&viewStateShareKey={VIEW}" if _prepare(experiment, f"{CLICK} {note}", table) else ""
     runs = f"#/experiments/{store.experiment_id(experiment)}/runs?workflowType=machine_learning{view}"
     if store.CHOSEN.startswith("http"):
         return f"to see it, open\n{store.first_line(store.CHOSEN).rstrip('/')}/{runs}"
@@ -55,16 +52,16 @@ def lead(experiment: str, settings: Sequence[str] = ()) -> str:
     return f"to see it: cd {quote(str(ROOT))} && {start} ui{other}\nhttp://127.0.0.1:5000/{runs}"
 
 
-def _prepare(experiment: str, settings: Sequence[str]) -> bool:
+def _prepare(experiment: str, note: str, table: dict[str, Any]) -> bool:
     """Write note and view, unless they are there; tell if there is a view. Without them a run is as good as with."""
     with suppress(MlflowException, OSError, ValueError):
         client, identity = mlflow.MlflowClient(), store.experiment_id(experiment)
         tags = client.get_experiment(identity).tags
         if MLFLOW_RUN_NOTE not in tags:
-            client.set_experiment_tag(identity, MLFLOW_RUN_NOTE, NOTES[experiment])
+            client.set_experiment_tag(identity, MLFLOW_RUN_NOTE, note)
         if _release() != RELEASE:
             return False
-        state = "deflate;" + base64.b64encode(zlib.compress(json.dumps(_table(settings)).encode())).decode()
+        state = "deflate;" + base64.b64encode(zlib.compress(json.dumps(table).encode())).decode()
         if json.loads(tags.get(TAG, "{}")).get("state") != state:
             now = get_current_time_millis()
             view = {"name": VIEW, "createdAt": now, "updatedAt": now, "state": state}
@@ -82,17 +79,17 @@ def _release() -> str:
     return str(answer.text.strip())
 
 
-def _table(settings: Sequence[str]) -> dict[str, Any]:
-    """Describe a table: the best accuracy first, or a closed row for each setting of a study, with its means."""
-    table: dict[str, Any] = {
+def _table(columns: Sequence[str]) -> dict[str, Any]:
+    """Describe a table of runs, the highest of the first column first."""
+    return {
         "searchFilter": "",
-        "orderByKey": "metrics.`accuracy`",
+        "orderByKey": columns[0],
         "orderByAsc": False,
         "startTime": "ALL",
         "lifecycleFilter": "Active",
         "datasetsFilter": [],
         "modelVersionFilter": "All Runs",
-        "selectedColumns": COLUMNS,
+        "selectedColumns": list(columns),
         "columnOrder": [],
         "columnWidths": {},
         "runsHiddenMode": "FIRST_20_RUNS",
@@ -105,13 +102,14 @@ def _table(settings: Sequence[str]) -> dict[str, Any]:
         "groupsExpanded": {},
         "globalLineChartConfig": {"xAxisKey": "step", "lineSmoothness": 0, "selectedXAxisMetricKey": ""},
     }
-    if not settings:
-        return table
-    key = {"mode": "tag", "groupByData": store.SETTING}
-    return table | {
-        # The newest runs first: the mean of the best hundred would be no mean of the study.
-        "searchFilter": f"tags.{store.SETTING} LIKE '%'",
+
+
+def _groups(tag: str, values: Sequence[str]) -> dict[str, Any]:
+    """Describe what is other in a table with a closed row for each value of a tag, with the means of its runs."""
+    return {
+        "searchFilter": f"tags.{tag} LIKE '%'",
+        # The newest runs first: the mean of the best hundred would be no mean of them all.
         "orderByKey": "attributes.start_time",
-        "groupBy": {"aggregateFunction": "average", "groupByKeys": [key]},
-        "groupsExpanded": {f"tag.{store.SETTING}.{setting}": False for setting in settings},
+        "groupBy": {"aggregateFunction": "average", "groupByKeys": [{"mode": "tag", "groupByData": tag}]},
+        "groupsExpanded": {f"tag.{tag}.{value}": False for value in values},
     }

@@ -2,14 +2,16 @@
 
 import logging
 import os
-import platform
 import re
 import sqlite3
-from collections.abc import Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+# A model's .pt2 file contains its weights as a pickle. With this setting MLflow opens the file only if that pickle
+# holds nothing but tensors.
+os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"
 # A server that is down should be reported within seconds; with MLflow's own values this takes minutes.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
@@ -19,24 +21,16 @@ os.environ.setdefault("PGCONNECT_TIMEOUT", "5")  # seconds; read by PostgreSQL's
 import mlflow
 import sqlalchemy
 from filelock import FileLock
-from mlflow.entities import Experiment, Metric, Run, ViewType
+from mlflow.entities import Experiment, Run, ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.store.db.utils import _get_latest_schema_revision, create_sqlalchemy_engine
 from mlflow.utils.credentials import get_default_host_creds
-from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 from mlflow.utils.rest_utils import http_request
-from mlflow.utils.time import get_current_time_millis
 from requests.utils import get_environ_proxies
 from sqlalchemy.exc import NoSuchModuleError, SQLAlchemyError
 
-from lineage import HERE, ROOT, UserError
-from mnist_mlp.published import PUBLISHED, published_history
+from lineage import ROOT, UserError
 
-EXPERIMENT = "mnist"
-STUDY = f"{EXPERIMENT}-study"  # an experiment of its own: its hundred runs would hide the pipeline's
-PUBLISHED_RUN = "published"
-COLOUR = "mlflow.runColor"  # a tag of a run
-SETTING = "setting"  # a tag in the study's experiment: which values a run has; the rows of MLflow's table
 SQLITE = "sqlite:///"
 # MLflow's remarks on tables that it creates, files that it does not find, and databases that refuse, with a hundred
 # lines of traceback. What matters of it is raised as well, and is said in one line.
@@ -109,8 +103,8 @@ def open_to_read() -> None:
     mlflow.set_tracking_uri(address)
 
 
-def connect(experiment: str = EXPERIMENT) -> None:
-    """Open the store at an experiment, and make in it what every run needs.
+def connect(experiment: str) -> None:
+    """Open the store at an experiment, and make both if they are not there.
 
     Raises:
         UserError: no MLflow store is available.
@@ -123,20 +117,15 @@ def connect(experiment: str = EXPERIMENT) -> None:
                 _create_tables(Path(address.removeprefix(SQLITE)))
                 check_tables(address)
             artifacts = (ROOT / "mlruns").as_uri() if address.startswith(SQLITE) else None
-            for name in dict.fromkeys([EXPERIMENT, experiment]):
-                found = mlflow.get_experiment_by_name(name) or _create(name, artifacts)
-                old = found.artifact_location
-                ours = old.startswith("file://") and old.endswith("/mlruns")  # not a place that a user has chosen
-                if ours and artifacts and old != artifacts:
-                    if ROOT in Path(address.removeprefix(SQLITE)).parents:
-                        _follow_moved_folder(address, old, artifacts)
-                    elif not Path(unquote(urlsplit(old).path)).parent.exists():
-                        raise UserError(
-                            f"{address} keeps its files in {old}, which is gone; move it back, or name another"
-                        )
-                mlflow.set_experiment(name)
-                _add_published_run(name)
-                _end_runs_of_killed_processes(name)
+            found = mlflow.get_experiment_by_name(experiment) or _create(experiment, artifacts)
+            old = found.artifact_location
+            ours = old.startswith("file://") and old.endswith("/mlruns")  # not a place that a user has chosen
+            if ours and artifacts and old != artifacts:
+                if ROOT in Path(address.removeprefix(SQLITE)).parents:
+                    _follow_moved_folder(address, old, artifacts)
+                elif not Path(unquote(urlsplit(old).path)).parent.exists():
+                    raise UserError(f"{address} keeps its files in {old}, which is gone; move it back, or name another")
+            mlflow.set_experiment(experiment)
     except (MlflowException, SQLAlchemyError, OSError) as error:
         raise refusal(address, error) from None
 
@@ -167,14 +156,14 @@ def refusal(address: str, error: Exception) -> UserError:
     return UserError(f"MLflow at {first_line(address)} refuses: {text}{advice if address.startswith(SQLITE) else ''}")
 
 
-def experiment_id(name: str = EXPERIMENT) -> str:
+def experiment_id(name: str) -> str:
     """Look an experiment up in the store that ``connect`` has opened."""
     experiment = mlflow.get_experiment_by_name(name)
     assert experiment
     return str(experiment.experiment_id)
 
 
-def search(condition: str, view: int = ViewType.ACTIVE_ONLY, experiment: str = EXPERIMENT) -> list[Run]:
+def search(experiment: str, condition: str, view: int = ViewType.ACTIVE_ONLY) -> list[Run]:
     """Find runs of an experiment, the newest first."""
     found: list[Run] = mlflow.search_runs(
         experiment_names=[experiment], filter_string=condition, run_view_type=view, output_format="list"
@@ -231,53 +220,3 @@ def _follow_moved_folder(address: str, old: str, new: str) -> None:
                 transaction.execute(sqlalchemy.text(update), {"new": new, "old": old, "length": len(old) + 1})
     engine.dispose()
     print(f"MLflow's store was made in {old.removesuffix('/mlruns')}: its paths now lead to {new}", flush=True)
-
-
-def _add_published_run(experiment: str) -> None:
-    """Add the tutorial's history once, so that charts can show it beside ours. If a user deletes it, it stays away.
-
-    The colour is its last part: without it, the process that made the run was killed, or is of an older state.
-    """
-    if not (history := published_history()):
-        return
-    client, named = mlflow.MlflowClient(), f"attributes.run_name = '{PUBLISHED_RUN}'"
-    found = search(named, ViewType.ALL, experiment)
-    if any(COLOUR in run.data.tags or run.info.lifecycle_stage == "deleted" for run in found):
-        return
-    note = f"The figures that the tutorial prints, from `{PUBLISHED}`. No model belongs to them."
-    tags = {MLFLOW_RUN_NOTE: note, SETTING: PUBLISHED_RUN}
-    run = found[0] if found else client.create_run(experiment_id(experiment), tags=tags, run_name=PUBLISHED_RUN)
-    if not run.data.metrics:
-        client.log_batch(run.info.run_id, points(history))
-    with suppress(MlflowException, OSError):  # an extra: MLflow's page of comparison fails for a run without a file
-        client.log_artifact(run.info.run_id, str(HERE / PUBLISHED))
-    client.set_terminated(run.info.run_id, end_time=run.info.start_time)  # nothing was trained
-    client.set_tag(run.info.run_id, SETTING, PUBLISHED_RUN)
-    client.set_tag(run.info.run_id, COLOUR, "#000000")
-    for late in [run for run in search(named, experiment=experiment) if run.data.metrics][:-1]:
-        client.delete_run(late.info.run_id)  # another clone did the same at the same time
-
-
-def points(history: Sequence[Mapping[str, str | float]]) -> list[Metric]:
-    """Make metrics of the rows of a history file, with ``step`` = epoch."""
-    now = get_current_time_millis()
-    return [
-        Metric(name, float(value), now, int(row["epoch"]))
-        for row in history
-        for name, value in row.items()
-        if name != "epoch"
-    ]
-
-
-def _end_runs_of_killed_processes(experiment: str) -> None:
-    """Mark runs as killed whose process on this machine is gone and had no time to do so."""
-    running = f"attributes.status = 'RUNNING' and tags.host = '{platform.node()}'"
-    for run in search(running, experiment=experiment):
-        try:
-            os.kill(int(run.data.tags["pid"]), 0)  # signal 0 only asks whether the process exists
-        except PermissionError:  # it exists, and is another user's
-            continue
-        except ProcessLookupError:
-            client = mlflow.MlflowClient()
-            client.set_tag(run.info.run_id, MLFLOW_RUN_NOTE, "Its process was killed, or the machine went down.")
-            client.set_terminated(run.info.run_id, "KILLED")

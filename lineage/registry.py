@@ -1,0 +1,176 @@
+"""MLflow's model registry: versions of a model, and the one to use, which bears the alias ``champion``."""
+
+import re
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stderr
+from io import StringIO
+from typing import Any
+
+import mlflow
+from mlflow.entities import Run
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+
+from lineage import UserError, runs, store
+
+CHAMPION = "champion"
+RUN = "run"  # a tag of a version: the complete run that says where it comes from
+
+
+def uri(model: str) -> str:
+    """Give the address of the champion."""
+    return f"models:/{model}@{CHAMPION}"
+
+
+def register(run: Run, model: str, about: str, ranks: Sequence[str]) -> ModelVersion:
+    """Find the version with the bytes of a run's model, or make it.
+
+    Args:
+        run: a complete run.
+        model: the name of the registered model.
+        about: its description.
+        ranks: the metrics by which ``crown`` chooses; the last is named in the version's description.
+
+    Raises:
+        UserError: MLflow refuses.
+    """
+    client, identity = mlflow.MlflowClient(), run.info.run_id
+    tags = {RUN: identity} | {name: run.data.tags[name] for name in ("git.commit", runs.DATA, runs.MODEL)}
+    tags |= {name: str(run.data.metrics[name]) for name in ranks if name in run.data.metrics}
+    result = f"{ranks[-1].capitalize()} {run.data.metrics[ranks[-1]]:.2%}"
+    try:
+        for version in versions(model):
+            if version.tags.get(runs.MODEL) == tags[runs.MODEL] and _is_usable(version):
+                if not _is_complete(version.tags.get(RUN)):
+                    client.set_model_version_tag(model, version.version, RUN, identity)
+                return version
+        with redirect_stderr(StringIO()):  # MLflow's words on what the caller says
+            version = mlflow.register_model(f"models:/{runs.model_of(run)}", model, tags=tags)
+        if not client.get_registered_model(model).description:
+            client.update_registered_model(model, about)
+        origin = f"{result}, from run `{run.info.run_name}`. Prove it: `make verify MODEL={identity}`"
+        return client.update_model_version(model, version.version, origin)
+    except MlflowException as error:
+        raise UserError(f"MLflow refuses: {store.first_line(error)}; `make track` tries again") from None
+
+
+def crown(model: str, data: str, ranks: Sequence[str]) -> ModelVersion | None:
+    """Give the alias to the best version from these data. Of equal ones the champion stays, else it is the oldest.
+
+    An accuracy on other data says nothing here. A version that has the first metric comes before all that have only the
+    next one, and so on.
+
+    Args:
+        model: the name of the registered model.
+        data: the digest of the data.
+        ranks: metrics in [0, 1] to choose by, the higher the better: the first that a version has.
+
+    Returns:
+        The champion; none if no version is from these data.
+
+    Raises:
+        UserError: MLflow refuses.
+    """
+    try:
+        champion = _champion(model)
+        ours = [version for version in versions(model) if data_of(version) == data]
+        key = {v.version: (_merit(v, ranks), v.version == champion, -int(v.version)) for v in ours}
+        ranked = sorted(ours, key=lambda version: key[version.version], reverse=True)
+        best = next(filter(_is_usable, ranked), None)
+        if best and best.version != champion:
+            mlflow.MlflowClient().set_registered_model_alias(model, CHAMPION, best.version)
+        return best
+    except MlflowException as error:
+        raise UserError(f"MLflow refuses: {store.first_line(error)}; `make track` tries again") from None
+
+
+def load(
+    model: str, data: str, other_data: str, loader: Callable[..., Any], advice: Callable[[], str]
+) -> tuple[ModelVersion, Any]:
+    """Load the champion.
+
+    Args:
+        model: the name of the registered model.
+        data: the digest of the data that it must be made from.
+        other_data: words for any others.
+        loader: MLflow's function that loads a model of its kind.
+        advice: says what to do if there is no champion.
+
+    Returns:
+        Its version, and the model.
+
+    Raises:
+        UserError: no MLflow store is available, or no champion in it, or its files are lost, damaged or unsafe.
+    """
+    store.open_to_read()
+    try:
+        version = mlflow.MlflowClient().get_model_version_by_alias(model, CHAMPION)
+        if data_of(version) != data:
+            raise UserError(f"{uri(model)}, version {version.version}, was made from {other_data}; {advice()}")
+        with tempfile.TemporaryDirectory() as copy:  # MLflow writes a file beside the model that it loads
+            return version, loader(uri(model), dst_path=copy)
+    except (MlflowException, OSError, RuntimeError) as error:
+        reason = store.first_line(error).partition(". ")[0].rstrip(".")
+        raise UserError(f"MLflow has no usable {uri(model)}: {reason}; {advice()}") from None
+
+
+def versions(model: str) -> list[ModelVersion]:
+    """List the versions of a registered model."""
+    return list(mlflow.MlflowClient().search_model_versions(f"name = '{model}'"))
+
+
+def data_of(version: ModelVersion) -> str | None:
+    """Give the digest of the data that a version was made from, if it or its run tells."""
+    found: str | None = version.tags.get(runs.DATA)
+    if found is None and (run := _run_of(version)):
+        found = run.data.tags.get(runs.DATA)
+    return found
+
+
+def _champion(model: str) -> str | None:
+    try:
+        return str(mlflow.MlflowClient().get_model_version_by_alias(model, CHAMPION).version)
+    except MlflowException:
+        return None
+
+
+def _run_of(version: ModelVersion) -> Run | None:
+    try:
+        return mlflow.get_run(version.run_id or "")
+    except MlflowException:
+        return None
+
+
+def _is_usable(version: ModelVersion) -> bool:
+    """Look whether the version's files are there; they can be lost, and a new version then takes its place."""
+    logged = re.search(r"\bm-[0-9a-f]{32}\b", version.source or "")  # where it is; MLflow does not fill in `model_id`
+    if logged:
+        return runs.is_whole(logged[0])
+    try:  # a version that was made by hand, from files
+        return bool(mlflow.artifacts.list_artifacts(artifact_uri=f"models:/{version.name}/{version.version}"))
+    except (MlflowException, OSError):
+        return False
+
+
+def _is_complete(run_id: str | None) -> bool:
+    try:
+        run = mlflow.get_run(run_id or "")
+    except MlflowException:
+        return False
+    return bool(run.info.lifecycle_stage == "active" and runs.DIGEST in run.data.tags)
+
+
+def _merit(version: ModelVersion, ranks: Sequence[str]) -> tuple[int, float]:
+    """Say by which metric a version is ranked, the first being the highest, and its value; 0 if none is known."""
+    found: Mapping[str, Any] = version.tags
+    if found.keys().isdisjoint(ranks) and (run := _run_of(version)):
+        found = run.data.metrics
+    for place, name in enumerate(ranks):
+        if name in found:
+            try:
+                value = float(found[name])
+            except ValueError:  # a tag that somebody has set by hand
+                value = 0.0
+            return len(ranks) - place, value if 0 <= value <= 1 else 0.0
+    return 0, 0.0
