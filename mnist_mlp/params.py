@@ -3,7 +3,6 @@
 ``python -m mnist_mlp.params`` checks the file, as every stage does that runs; ``make repro`` begins with it.
 """
 
-import re
 import reprlib
 from itertools import product
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Annotated, Any, get_type_hints
 
 from pydantic import Field, ValidationError
 from ruamel.yaml import YAML
-from ruamel.yaml.constructor import ConstructorError, SafeConstructor
 
 from lineage import HERE, UserError, run_command
 from mnist_mlp.recipe.params import VARIABLE, Count, Recipe, Section
@@ -45,22 +43,16 @@ class Params(Recipe):
         return [dict(zip(names, values, strict=True)) for values in product(*self.study.vary.values())]
 
 
-class _Constructor(SafeConstructor):
-    """Makes plain data, as DVC's own constructor does, but refuses the numbers on which YAML 1.1 and 1.2 differ."""
-
-    def construct_scalar(self, node: Any) -> Any:
-        """Refuse 010, which is 8 in YAML 1.1 and 10 in YAML 1.2, and all that is as unclear: 0o10, 0x10, 1_000."""
-        if node.tag.endswith((":int", ":float")) and re.search(r"^[-+]?0[0-9]|[box_:]", node.value, re.IGNORECASE):
-            text = _short(node.value)
-            problem = f"{text} is not a plain decimal number, and YAML's readers may differ; write it like 10 or 0.5"
-            raise ConstructorError(problem=problem, problem_mark=node.start_mark)
-        return super().construct_scalar(node)
-
-
 _REPR = reprlib.Repr()
 _REPR.maxlevel = 2
 _REPR.maxstring = _REPR.maxother = 100
-_short = _REPR.repr
+
+
+def _short(value: object) -> str:
+    try:
+        return _REPR.repr(value)
+    except ValueError:  # Python prints no integer of more than 4,300 digits, which can be written as 0xfff...
+        return "a number of thousands of digits"
 
 
 def load(path: Path = HERE / PARAMS) -> Params:
@@ -120,10 +112,8 @@ def _problem(error: ValidationError, path: Path) -> str:
 
 def _parse(path: Path) -> object:
     text = path.read_text(encoding="utf-8")
-    yaml = YAML(typ="safe")  # as DVC reads the file
-    yaml.Constructor = _Constructor
     try:
-        return yaml.load(text)
+        return YAML(typ="safe").load(text)  # as DVC reads the file
     except Exception as error:  # many kinds, from 2001-99-99, 0x_, !!bool x, a thousand brackets
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 from dvc.utils.hydra import apply_overrides
 from dvc.utils.serialize import load_yaml
 from hypothesis import example, given, settings
@@ -81,13 +80,8 @@ def test_every_parameter_goes_by_the_name_that_dvc_has_for_it(tmp_path: Path) ->
         (edited("epochs", "0"), ["train.epochs", "0", "greater than or equal to 1"]),
         (edited("seed", "-1"), ["train.seed", "-1", "greater than or equal to 0"]),
         (edited("seed", "9" * 4000), ["train.seed", "999", "less than 9223372036854775808"]),
-        (edited("seed", "010"), ["line", "'010'", "plain decimal", "10"]),
-        (edited("seed", "0o10"), ["line", "'0o10'", "plain decimal", "10"]),
-        (edited("seed", "0x" + 5000 * "f"), ["line", "'0xff", "plain decimal", "10"]),
-        (edited("epochs", "1_000"), ["line", "'1_000'", "plain decimal", "10"]),
-        (edited("lr", "00.5"), ["line", "'00.5'", "plain decimal", "0.5"]),
+        (edited("seed", "0x" + 5000 * "f"), ["train.seed", "digits", "less than 9223372036854775808"]),
         (edited("seed", "1:30"), ["train.seed", "'1:30'", "integer"]),
-        ("%YAML 1.1\n---\n" + edited("seed", "1:30"), ["line", "'1:30'", "plain decimal", "10"]),
         (edited("register", "yes"), ["evaluate.register", "'yes'", "true or false"]),
         (edited("lr", "0.1\n  lr: 0.2"), ["line", '"lr"', "duplicate", "0.1", "0.2"]),
         (edited("lr", '0.1\n  "\\e[31m": 1\n  "\\e[31m": ' + 5000 * "x"), ["line", "duplicate"]),
@@ -162,7 +156,7 @@ scalars = st.from_regex(r"[-+]?[0-9_.:]{1,5}([eE][-+]?[0-9]{1,2})?|0[box][0-9]{1
 @example(key="lr", text="1_0.5")
 @example(key="std", text="9007199254740993")
 @example(key="register", text="yes")
-def test_what_is_accepted_is_one_value_to_the_stages_to_dvc_and_to_yaml_1_1(
+def test_what_is_accepted_is_one_value_to_the_stages_and_to_dvc(
     key: str, text: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     content = edited(key, f"[{text}]" if key == "hidden" else text)
@@ -172,15 +166,12 @@ def test_what_is_accepted_is_one_value_to_the_stages_to_dvc_and_to_yaml_1_1(
     except UserError:
         return
     dvc = {f"{section}.{k}": v for section, keys in load_yaml(folder / "params.yaml").items() for k, v in keys.items()}
-    old = {f"{section}.{k}": v for section, keys in yaml.safe_load(content).items() for k, v in keys.items()}
     assert ours == {name: value for name, value in dvc.items() if not name.startswith("study.")}
     for name, value in ours.items():
-        if isinstance(value, float):  # `lr: 1` is the number 1.0 to a stage; `1e-3` is a string to YAML 1.1
+        if isinstance(value, float):  # `lr: 1` is the number 1.0 to a stage
             assert type(dvc[name]) in (int, float)
-            assert float(old[name]) == value
         else:
             assert type(dvc[name]) is type(value)
-            assert (type(old[name]), old[name]) == (type(value), value)
 
 
 pieces = (
