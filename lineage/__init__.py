@@ -11,6 +11,7 @@ import platform
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -121,4 +122,5 @@ def write(path: Path, content: bytes | str) -> None:
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; what was there before is untouched") from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # none, or a disk on which nothing can be removed
+            part.unlink()

@@ -7,7 +7,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from lineage import ROOT, UserError, lock
+import lineage
+from lineage import UserError, lock
 
 UNKNOWN = "unknown"
 
@@ -34,7 +35,7 @@ def has_commit(name: str) -> bool:
 
 def keeps_experiments() -> bool:
     """Look whether DVC can keep an experiment here. In a shallow clone it keeps none, and reports success."""
-    return run("-C", str(ROOT), "rev-parse", "--is-shallow-repository").stdout.strip() != b"true"
+    return run("-C", str(lineage.ROOT), "rev-parse", "--is-shallow-repository").stdout.strip() != b"true"
 
 
 def check() -> None:
@@ -62,7 +63,7 @@ def patch() -> bytes | None:
 
 def branch() -> str:
     """Name the repository's branch."""
-    return run("-C", str(ROOT), "rev-parse", "--abbrev-ref", "HEAD").stdout.decode().strip()
+    return run("-C", str(lineage.ROOT), "rev-parse", "--abbrev-ref", "HEAD").stdout.decode().strip()
 
 
 def changed_files(patch: bytes) -> list[str]:

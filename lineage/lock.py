@@ -71,6 +71,19 @@ def read_stages(content: bytes) -> dict[str, Any]:
     return stages
 
 
+def read_params(content: bytes) -> dict[str, object]:
+    """Give the parameters of a params.yaml by their dotted names, read as DVC does: ``{"train.lr": 0.1, ...}``.
+
+    Raises:
+        UserError: it is not such a file.
+    """
+    try:
+        sections = YAML(typ="safe").load(content)
+        return {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
+    except (YAMLError, AttributeError, ValueError):
+        raise UserError("params.yaml holds no sections of parameters") from None
+
+
 def locked_stages(lock: bytes, pipeline: bytes) -> dict[str, Any]:
     """Give the stages of a ``dvc.lock`` that its dvc.yaml has, but for ``TRACK``: DVC keeps the entries of others."""
     names = read_stages(pipeline).keys() - {TRACK}

@@ -17,7 +17,8 @@ from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE  # an experiment's note has
 from mlflow.utils.rest_utils import http_request
 from mlflow.utils.time import get_current_time_millis
 
-from lineage import ROOT, store
+import lineage
+from lineage import store
 
 # MLflow keeps named views of a table in tags of the experiment, in a format that is documented nowhere. This release
 # is the one with which we looked at ours; with another, no view is better than a broken one.
@@ -47,9 +48,9 @@ def lead(experiment: str, note: str, columns: Sequence[str], group: str = "", va
     if store.CHOSEN.startswith("http"):
         return f"to see it, open\n{store.first_line(store.CHOSEN).rstrip('/')}/{runs}"
     other = ' --backend-store-uri "$MLFLOW_TRACKING_URI"' if store.CHOSEN else ""
-    program = Path(sys.executable).with_name("mlflow")
-    start = quote(str(program.relative_to(ROOT) if program.is_relative_to(ROOT) else program))
-    return f"to see it: cd {quote(str(ROOT))} && {start} ui{other}\nhttp://127.0.0.1:5000/{runs}"
+    root, program = lineage.ROOT, Path(sys.executable).with_name("mlflow")
+    start = quote(str(program.relative_to(root) if program.is_relative_to(root) else program))
+    return f"to see it: cd {quote(str(root))} && {start} ui{other}\nhttp://127.0.0.1:5000/{runs}"
 
 
 def _prepare(experiment: str, note: str, table: dict[str, Any]) -> bool:

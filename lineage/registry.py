@@ -128,9 +128,9 @@ def data_of(version: ModelVersion) -> str | None:
     return found
 
 
-def _champion(model: str) -> str | None:
-    try:
-        return str(mlflow.MlflowClient().get_model_version_by_alias(model, CHAMPION).version)
+def _champion(model: str) -> int | str | None:
+    try:  # from a database the number is an int, from a server it is text
+        return mlflow.MlflowClient().get_model_version_by_alias(model, CHAMPION).version
     except MlflowException:
         return None
 

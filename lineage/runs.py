@@ -26,8 +26,6 @@ from mlflow.entities import LoggedModelOutput, Metric, Run
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 from mlflow.utils.time import get_current_time_millis
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
 from lineage import UserError, cpu, file_md5, git, lock, md5, store
 
@@ -66,6 +64,8 @@ class LiveRun:
 
     def end(self, status: str, note: str) -> None:
         """Close the run. One that was lost has failed, but MLflow would close it as finished when the process ends."""
+        if mlflow.active_run() is None:  # else MLflow would open a run to write the note in
+            return
         if note:
             self.send(mlflow.set_tag, MLFLOW_RUN_NOTE, note)
         if not self.lost:
@@ -96,10 +96,10 @@ def live(
         UserError: no MLflow store is available, or it refuses.
     """
     store.connect(experiment)
-    _end_killed_runs(experiment)
     run, status, note = LiveRun(), "FAILED", ""
     try:
         try:
+            _end_killed_runs(experiment)
             patch = git.patch()
             started = {MLFLOW_RUN_NOTE: "Not complete: `make track` adds the results.", DATA: dataset.digest}
             started |= {**provenance(patch), **tags}
@@ -358,9 +358,8 @@ def run_name(params: Mapping[str, object], patch: bytes | None, unnamed: Sequenc
     if experiment := os.environ.get("DVC_EXP_NAME"):
         return experiment
     try:
-        committed = YAML(typ="safe").load(git.run("show", f"{git.commit()}:{PARAMS}").stdout)
-        before = {f"{section}.{key}": value for section, keys in committed.items() for key, value in keys.items()}
-    except (YAMLError, AttributeError, ValueError):  # none, or another file
+        before = lock.read_params(git.run("show", f"{git.commit()}:{PARAMS}").stdout)
+    except UserError:  # none, or another file
         before = {}
     changed = [
         f"{key}={value}" for key, value in params.items() if before and before.get(key) != value and key not in unnamed

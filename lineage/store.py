@@ -29,7 +29,8 @@ from mlflow.utils.rest_utils import http_request
 from requests.utils import get_environ_proxies
 from sqlalchemy.exc import NoSuchModuleError, SQLAlchemyError
 
-from lineage import ROOT, UserError
+import lineage
+from lineage import UserError
 
 SQLITE = "sqlite:///"
 # MLflow's remarks on tables that it creates, files that it does not find, and databases that refuse, with a hundred
@@ -66,9 +67,11 @@ def uri() -> str:
             "MLFLOW_TRACKING_URI names a store in memory, which ends with each stage; name a file or a server"
         )
     if address.startswith(SQLITE):
-        if odd := re.search(r"\?|%[0-9a-fA-F]{2}", str(ROOT)):  # as in an address
-            raise UserError(f"{ROOT}: MLflow cannot use a store in a path that holds {odd[0]!r}; rename the folder")
-        return f"{SQLITE}{ROOT / address.removeprefix(SQLITE)}"
+        if odd := re.search(r"\?|%[0-9a-fA-F]{2}", str(lineage.ROOT)):  # as in an address
+            raise UserError(
+                f"{lineage.ROOT}: MLflow cannot use a store in a path that holds {odd[0]!r}; rename the folder"
+            )
+        return f"{SQLITE}{lineage.ROOT / address.removeprefix(SQLITE)}"
     try:  # once, as MLflow asks, with its credentials and certificates; MLflow itself would try again for minutes
         if address.startswith("http"):
             answer = http_request(get_default_host_creds(address), "/health", "GET", timeout=5, max_retries=0)
@@ -116,12 +119,12 @@ def connect(experiment: str) -> None:
             if address.startswith(SQLITE):
                 _create_tables(Path(address.removeprefix(SQLITE)))
                 check_tables(address)
-            artifacts = (ROOT / "mlruns").as_uri() if address.startswith(SQLITE) else None
+            artifacts = (lineage.ROOT / "mlruns").as_uri() if address.startswith(SQLITE) else None
             found = mlflow.get_experiment_by_name(experiment) or _create(experiment, artifacts)
             old = found.artifact_location
             ours = old.startswith("file://") and old.endswith("/mlruns")  # not a place that a user has chosen
             if ours and artifacts and old != artifacts:
-                if ROOT in Path(address.removeprefix(SQLITE)).parents:
+                if lineage.ROOT in Path(address.removeprefix(SQLITE)).parents:
                     _follow_moved_folder(address, old, artifacts)
                 elif not Path(unquote(urlsplit(old).path)).parent.exists():
                     raise UserError(f"{address} keeps its files in {old}, which is gone; move it back, or name another")
@@ -173,7 +176,7 @@ def search(experiment: str, condition: str, view: int = ViewType.ACTIVE_ONLY) ->
 
 def lock() -> FileLock:
     """Let one process of this repository at a time do what must not be done twice."""
-    path = ROOT / ".dvc/tmp/mlflow.lock"
+    path = lineage.ROOT / ".dvc/tmp/mlflow.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     return FileLock(path, is_singleton=True)  # so that who holds it may take it again
 

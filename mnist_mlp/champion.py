@@ -8,7 +8,8 @@ import numpy as np
 from mlflow.entities.model_registry import ModelVersion
 from numpy.typing import NDArray
 
-from lineage import HERE, UserError, registry
+import lineage
+from lineage import UserError, registry
 from mnist_mlp import params, record
 from mnist_mlp.recipe import METRICS, data
 
@@ -41,7 +42,7 @@ def load() -> tuple[ModelVersion, Classifier]:
 def advice() -> str:
     """Say what to do if there is no champion."""
     try:
-        config, accuracy = params.load(), json.loads((HERE / METRICS).read_text())["accuracy"]
+        config, accuracy = params.load(), json.loads((lineage.HERE / METRICS).read_text())["accuracy"]
     except (UserError, OSError, ValueError, KeyError):
         return "run `make repro`"
     if not config.evaluate.register_model:

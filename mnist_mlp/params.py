@@ -11,7 +11,8 @@ from typing import Annotated, Any, get_type_hints
 from pydantic import Field, ValidationError
 from ruamel.yaml import YAML
 
-from lineage import HERE, UserError, run_command
+import lineage
+from lineage import UserError, run_command
 from mnist_mlp.recipe.params import VARIABLE, Count, Recipe, Section
 
 PARAMS = Path("params.yaml")
@@ -55,12 +56,13 @@ def _short(value: object) -> str:
         return "a number of thousands of digits"
 
 
-def load(path: Path = HERE / PARAMS) -> Params:
-    """Read and check the parameters.
+def load(path: Path | None = None) -> Params:
+    """Read and check the parameters, of this repository unless told.
 
     Raises:
         UserError: no such file, broken YAML, or a key that is unknown, missing, of a wrong type or out of range.
     """
+    path = path or lineage.HERE / PARAMS
     try:
         config = Params.model_validate(_parse(path))
     except FileNotFoundError:

@@ -3,18 +3,20 @@
 import csv
 from pathlib import Path
 
-from lineage import HERE, UserError
+import lineage
+from lineage import UserError
 from mnist_mlp.recipe.history import FIGURES
 
 PUBLISHED = Path("data/published_history.csv")  # may be missing or empty
 
 
-def published_history(path: Path = HERE / PUBLISHED) -> list[dict[str, float]]:
+def published_history(path: Path | None = None) -> list[dict[str, float]]:
     """Read the history that the tutorial prints, one row an epoch. There is none if the file is missing or empty.
 
     Raises:
         UserError: the file is no table of numbers with a column for each figure.
     """
+    path = path or lineage.HERE / PUBLISHED
     if not path.exists():
         return []
     try:

@@ -12,7 +12,8 @@ from mlflow.entities import ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 
-from lineage import HERE, UserError, md5, pages, registry, runs, store
+import lineage
+from lineage import UserError, md5, pages, registry, runs, store
 from mnist_mlp.params import Params
 from mnist_mlp.published import PUBLISHED, published_history
 from mnist_mlp.recipe import MODEL, data
@@ -114,7 +115,7 @@ def _publish(experiment: str, history: list[dict[str, float]]) -> None:
     if not run.data.metrics:
         client.log_batch(run.info.run_id, runs.points(history))
     with suppress(MlflowException, OSError):  # an extra: MLflow's page of comparison fails for a run without a file
-        client.log_artifact(run.info.run_id, str(HERE / PUBLISHED))
+        client.log_artifact(run.info.run_id, str(lineage.HERE / PUBLISHED))
     client.set_terminated(run.info.run_id, end_time=run.info.start_time)  # nothing was trained
     client.set_tag(run.info.run_id, SETTING, PUBLISHED_RUN)
     client.set_tag(run.info.run_id, COLOUR, "#000000")

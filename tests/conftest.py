@@ -1,57 +1,60 @@
-"""What several test files start from: MNIST's real files, a mirror of them, and a repository whose pipeline has run."""
+"""What several test files start from: MNIST's real files, and repositories whose pipeline has run, made once."""
 
 import gzip
+import os
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import mlflow
 import pytest
 from filelock import FileLock
+from mlflow.tracking._tracking_service.utils import _artifact_repos_cache
 
+import lineage
 from mnist_mlp.recipe.data import RAW, SHA256
 from tests import project
 
 ROOT = Path(__file__).parents[1]
 # A shell starts what it runs in the background with Ctrl-C ignored, and all that is started from there inherits that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-# The files that take longest, so that they start first. The second needs no repository while the first one makes it.
-FIRST = (
-    "test_make_it_yours",
-    "test_server",
-    "test_predict",
-    "test_experiments",
-    "test_study",
-    "test_verify",
-    "test_runs",
-    "test_pipeline",
-)
+# Two tests at a time on two cores: threads of one process that wait for each other would only slow down the other.
+os.environ["OMP_NUM_THREADS"] = "1"
 
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.option.loadscopereorder = False  # pytest-xdist would begin with the files of the most tests
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST))
+Make = Callable[[str, Callable[[Path], None]], Path]
 
 
 @pytest.fixture(scope="session")
-def shared(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
-    """A folder for all of pytest's processes."""
-    folder = tmp_path_factory.getbasetemp()
-    return folder if worker_id == "master" else folder.parent
+def once(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Make:
+    """Make a folder in one of pytest's processes; the others wait for it. Not to be changed: copy it."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base if worker_id == "master" else base.parent
+
+    def made(name: str, make: Callable[[Path], None]) -> Path:
+        folder, ready = shared / name, shared / f"{name}.ready"
+        with FileLock(shared / f"{name}.lock"):
+            if not ready.exists():
+                folder.mkdir()
+                make(folder)
+                ready.touch()
+        return folder
+
+    return made
 
 
 @pytest.fixture(scope="session")
-def mnist(shared: Path) -> Path:
+def mnist(once: Make) -> Path:
     """The folder with MNIST's four files, which are fetched unless they are there."""
-    raw = ROOT / RAW
-    with FileLock(shared / "mnist.lock"):
-        if not all((raw / name).exists() for name in SHA256):
+
+    def fetch(_: Path) -> None:
+        if not all((ROOT / RAW / name).exists() for name in SHA256):
             subprocess.run([sys.executable, "-m", "stages.download"], cwd=ROOT, check=True)
-    return raw
+
+    once("mnist", fetch)
+    return ROOT / RAW
 
 
 @pytest.fixture(scope="session")
@@ -64,37 +67,60 @@ def mirror(mnist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def finished(mnist: Path, shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A repository after its first `dvc repro`, all committed. Not to be changed: copy it."""
+def finished(mnist: Path, once: Make) -> Path:
+    """A repository after its first `dvc repro`, all committed, with what that has printed."""
 
-    def make() -> Path:
-        folder = project.make(tmp_path_factory.mktemp("finished"), mnist)
-        project.run(folder, "dvc", "repro")
+    def make(folder: Path) -> None:
+        project.make(folder, mnist)
+        output = project.run(folder, "dvc", "repro").stdout
+        (folder / project.OUTPUT).write_text(output)
         project.commit(folder)
-        return folder
 
-    return once(shared, "finished", make)
+    return once("finished", make)
 
 
 @pytest.fixture(scope="session")
-def tried(finished: Path, shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same after one more `dvc repro`, with `project.TRIED`, and one that goes back. Not to be changed: copy it."""
+def tried(finished: Path, once: Make) -> Path:
+    """The same after one more `dvc repro`, with `project.TRIED`, and one that goes back."""
 
-    def make() -> Path:
-        folder = project.copy(finished, tmp_path_factory.mktemp("tried") / "repository")
+    def make(folder: Path) -> None:
+        project.copy(finished, folder)
         project.edit(folder, project.TRIED)
         project.run(folder, "dvc", "repro")
         project.run(folder, "git", "checkout", "--quiet", "params.yaml")
         project.run(folder, "dvc", "repro")
-        return folder
 
-    return once(shared, "tried", make)
+    return once("tried", make)
 
 
-def once(shared: Path, name: str, make: Callable[[], Path]) -> Path:
-    """Make a folder in one of pytest's processes; the others wait for it."""
-    where = shared / f"{name}.txt"
-    with FileLock(shared / f"{name}.lock"):
-        if not where.exists():
-            where.write_text(str(make()))
-    return Path(where.read_text())
+@pytest.fixture(scope="session")
+def fitted(once: Make) -> Path:
+    """The project in tests/toy with a copy of ``lineage``, after its first `dvc repro`, all committed."""
+
+    def make(folder: Path) -> None:
+        shutil.copytree(ROOT / "tests/toy", folder, dirs_exist_ok=True)
+        shutil.copytree(ROOT / "lineage", folder / "lineage")
+        (folder / "gitignore").rename(folder / ".gitignore")
+        project.run(folder, "git", "init", "--quiet", "--initial-branch", "main")
+        project.run(folder, "dvc", "init", "--quiet")
+        project.commit(folder)
+        project.run(folder, "dvc", "repro")
+        project.commit(folder)
+
+    return once("fitted", make)
+
+
+@pytest.fixture
+def enter(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], None]]:
+    """Let this process work in a repository, as a command that is started there does."""
+
+    def go(folder: Path) -> None:
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(lineage, "HERE", folder)
+        monkeypatch.setattr(lineage, "ROOT", folder)
+        for name in [name for name in os.environ if name.startswith(("DVC_", "MLFLOW_TRACKING_"))]:
+            monkeypatch.delenv(name)
+        _artifact_repos_cache.clear()  # its places are known by the ids of runs, which a copy of a store has too
+
+    yield go
+    mlflow.set_tracking_uri("")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import mlflow
 import yaml
+from dvc.cli import main as dvc_main
 from mlflow.entities import Run
 from PIL import Image
 
@@ -29,6 +30,9 @@ RESULTS = ("dvc.lock", "results/model.safetensors", "results/history.csv", "resu
            "results/predictions.csv", "results/plots/test_acc.png", "results/plots/wrong_digits.png")  # fmt: skip
 
 
+OUTPUT = ".git/output"  # what the first `dvc repro` of the fixture `finished` has printed
+
+
 def put_files(folder: Path, source: Path) -> None:
     """Put a working tree's files, and no results, in the place of those that Git has in the folder."""
 
@@ -46,7 +50,7 @@ def put_files(folder: Path, source: Path) -> None:
 def make(folder: Path, mnist: Path, small: bool = True, source: Path = REPOSITORY) -> Path:
     """Commit a working tree's files and no results as a repository of its own, with a small net unless told."""
     put_files(folder, source)
-    (folder / "data/MNIST/raw").mkdir(parents=True)
+    (folder / "data/MNIST/raw").mkdir(parents=True, exist_ok=True)
     for file in mnist.iterdir():
         if file.suffix == "" and not file.name.startswith("."):
             shutil.copy(file, folder / "data/MNIST/raw")
@@ -68,7 +72,7 @@ def put_code(folder: Path) -> None:
 def copy(repository: Path, folder: Path, store: bool = True) -> Path:
     """Copy a repository with its results, with or without its MLflow store."""
     left_out = () if store else ("mlflow.db", "mlruns")
-    shutil.copytree(repository, folder, ignore=shutil.ignore_patterns(*left_out))
+    shutil.copytree(repository, folder, ignore=shutil.ignore_patterns(*left_out), dirs_exist_ok=True)
     return folder
 
 
@@ -133,3 +137,8 @@ def stages_run(output: str) -> list[str]:
 def contents(folder: Path) -> dict[str, bytes]:
     """Read what the pipeline promises to give byte for byte."""
     return {name: (folder / name).read_bytes() for name in RESULTS}
+
+
+def dvc(*command: str) -> None:
+    """Run DVC in this process, in its working folder."""
+    assert dvc_main(list(command)) == 0

@@ -3,8 +3,8 @@
 import base64
 import json
 import re
-import sys
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,7 @@ from mnist_mlp.recipe.history import FIGURES
 from mnist_mlp.recipe.params import SOURCES
 from tests import project
 
-TRACK = (sys.executable, "-m", "stages.track")
 WIDTH = 80
-
-
-@pytest.fixture
-def repository(finished: Path, tmp_path: Path) -> Path:
-    """A finished repository in another place, with its MLflow store."""
-    return project.copy(finished, tmp_path / "repository")
 
 
 def client(folder: Path) -> mlflow.MlflowClient:
@@ -51,20 +44,20 @@ def table(folder: Path) -> dict[str, Any]:
     return found
 
 
-def test_the_address_that_track_prints_opens_a_table_with_numbers_the_best_run_first(repository: Path) -> None:
-    *_, start, address = project.run(repository, *TRACK).stdout.splitlines()
-    assert start == f"to see it: cd {repository} && {project.BIN}/mlflow ui"
-    identity = experiment(repository).experiment_id
+def test_the_address_that_track_prints_opens_a_table_with_numbers_the_best_run_first(finished: Path) -> None:
+    output = (finished / project.OUTPUT).read_text().splitlines()
+    address = output[output.index(f"to see it: cd {finished} && {project.BIN}/mlflow ui") + 1]
+    identity = experiment(finished).experiment_id
     assert address == (
         f"http://127.0.0.1:5000/#/experiments/{identity}/runs?workflowType=machine_learning&viewStateShareKey=results"
     )
-    found = table(repository)
+    found = table(finished)
     assert (found["orderByKey"], found["orderByAsc"]) == ("metrics.`accuracy`", False)
-    (run,) = project.runs(repository)
+    (run,) = project.runs(finished)
     for column in found["selectedColumns"]:
         kind, name = re.fullmatch(r"(metrics|params)\.`(.*)`", column).groups()  # type: ignore[union-attr]
         assert name in getattr(run.data, kind)
-    assert "*Model training* once" in experiment(repository).tags["mlflow.note.content"]
+    assert "*Model training* once" in experiment(finished).tags["mlflow.note.content"]
 
 
 def test_the_view_is_of_the_mlflow_that_is_installed_by_the_lock() -> None:
@@ -73,16 +66,14 @@ def test_the_view_is_of_the_mlflow_that_is_installed_by_the_lock() -> None:
 
 
 def test_a_server_of_another_release_gets_no_view_and_one_that_refuses_it_fails_no_run(
-    repository: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, enter: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store, "ROOT", repository)
-    monkeypatch.setattr(pages, "ROOT", repository)
+    enter(tmp_path)
     store.connect(record.EXPERIMENT)
     assert "viewStateShareKey" in record.lead()
-    monkeypatch.setattr(pages, "RELEASE", "0.0")
-    assert "viewStateShareKey" not in record.lead()
-    monkeypatch.undo()
-    monkeypatch.setattr(pages, "ROOT", repository)
+    with monkeypatch.context() as patch:
+        patch.setattr(pages, "RELEASE", "0.0")
+        assert "viewStateShareKey" not in record.lead()
 
     def refuse(*_: object) -> None:
         raise MlflowException("no more tags")
@@ -91,19 +82,6 @@ def test_a_server_of_another_release_gets_no_view_and_one_that_refuses_it_fails_
     monkeypatch.setattr(pages, "VIEW", "another")
     monkeypatch.setattr(pages, "TAG", "another")
     assert record.lead().endswith("workflowType=machine_learning")
-
-
-@pytest.mark.recipe
-def test_the_published_run_can_be_compared_and_is_black_also_in_a_store_of_an_earlier_state(repository: Path) -> None:
-    found = client(repository)
-    (published,) = found.search_runs([experiment(repository).experiment_id], "attributes.run_name = 'published'")
-    identity, points = published.info.run_id, found.get_metric_history(published.info.run_id, "test_acc")
-    assert published.data.tags["mlflow.runColor"] == "#000000"
-    assert [artifact.path for artifact in found.list_artifacts(identity)] == [PUBLISHED.name]
-    found.delete_tag(identity, "mlflow.runColor")
-    project.run(repository, *TRACK)
-    assert found.get_run(identity).data.tags["mlflow.runColor"] == "#000000"
-    assert found.get_metric_history(identity, "test_acc") == points
 
 
 def test_a_runs_page_begins_with_the_recipe_and_ends_with_where_the_data_come_from(finished: Path) -> None:
@@ -133,14 +111,12 @@ def test_dvc_shows_each_figure_once_ours_and_the_published_one(finished: Path) -
     assert (axes["x"]["field"], axes["y"]["field"]) == ("predicted", "actual")  # as in the picture
 
 
-def test_a_terminal_of_80_columns_is_wide_enough_and_is_told_each_thing_once(repository: Path) -> None:
-    (repository / "mlflow.db").unlink()
-    output = project.run(repository, "dvc", "repro", "--force").stdout
+def test_a_terminal_of_80_columns_is_wide_enough_and_is_told_each_thing_once(finished: Path) -> None:
+    output = (finished / project.OUTPUT).read_text()
     ours = [line for line in output.splitlines() if not line.startswith(("to see it: ", "http://"))]
     assert [line for line in ours if len(line) > WIDTH] == []
     number = r"\d\.\d{4} +\d+\.\d\d %"
     epochs = [line for line in ours if re.fullmatch(rf"epoch +\d+  train {number}  test {number}", line)]
     assert len(epochs) == project.SMALL["train.epochs"]
     assert output.count("MLflow: ") == output.count("http://") == 1
-    assert project.run(repository, *TRACK, "--news").stdout == ""
     assert "loading PyTorch" in output

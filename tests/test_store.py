@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import mlflow
@@ -11,8 +12,10 @@ import pytest
 from alembic import command
 from mlflow.store.db.utils import _get_alembic_config
 
+import lineage
 from lineage import UserError, store
 from tests import project
+from tests.loopback import silent
 
 TRACK = (sys.executable, "-m", "stages.track")
 READERS = ("verify", "predict")
@@ -109,3 +112,64 @@ def test_no_variable_of_mlflow_but_the_servers_steers_a_run(repository: Path) ->
     assert (new.info.status, new.info.run_name[:5]) == ("FINISHED", "main-")
     assert "theirs" not in new.data.tags
     assert not any(name.startswith("system/cpu") for name in new.data.metrics)
+
+
+def test_an_address_that_cannot_be_a_store_is_refused_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "foo://x")
+    with pytest.raises(UserError, match="names a kind of store that nothing here can open"):
+        store.connect("any")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    monkeypatch.setattr(lineage, "ROOT", tmp_path / "50%25")
+    with pytest.raises(UserError, match="MLflow cannot use a store in a path that holds '%25'; rename the folder"):
+        store.connect("any")
+
+
+def test_an_experiment_of_a_server_on_the_same_database_keeps_its_place(
+    tmp_path: Path, enter: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And of two clones that come to a new store at once, none fails."""
+    enter(tmp_path)
+    store.connect("ours")
+    other = mlflow.create_experiment("other", artifact_location="mlflow-artifacts:/7")
+    looks = iter([None])
+    look = mlflow.get_experiment_by_name
+    monkeypatch.setattr(mlflow, "get_experiment_by_name", lambda name: next(looks, look(name)))
+    store.connect("other")
+    assert mlflow.get_experiment(other).artifact_location == "mlflow-artifacts:/7"
+
+
+@pytest.mark.parametrize("scheme", ["http", "postgresql"])
+def test_a_server_that_is_down_is_asked_once_and_reported_in_one_line(
+    scheme: str, tmp_path: Path, enter: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """It accepts and is silent, which takes longest. MLflow itself would ask again for minutes, and warn each time."""
+    enter(tmp_path)
+    with silent() as (port, asked):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"{scheme}://user:secret@127.0.0.1:{port}/mlflow")
+        with pytest.raises(UserError) as refused:
+            store.connect("any")
+        assert len(asked) == 1
+    assert str(refused.value).startswith("no MLflow store answers at MLFLOW_TRACKING_URI, start it or unset it: ")
+    assert "127.0.0.1" in str(refused.value) or "timeout" in str(refused.value)
+    assert "secret" not in str(refused.value)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("uri", ["sqlite://", "sqlite:///:memory:"])
+def test_a_store_in_memory_is_refused(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each stage would have one of its own, and all would be lost."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with pytest.raises(UserError, match=r"MLFLOW_TRACKING_URI names a store in memory, .*; name a file or a server"):
+        store.connect("any")
+
+
+def test_a_store_that_was_half_made_is_made_anew(tmp_path: Path, enter: Callable[[Path], None]) -> None:
+    """As after a kill in the middle of MLflow's many migrations."""
+    enter(tmp_path)
+    Path("mlflow.db.part").write_bytes(b"half of it")
+    store.connect("any")
+    assert Path("mlflow.db").stat().st_size > 400_000
+    assert [path.name for path in tmp_path.glob("mlflow.db*")] == ["mlflow.db"]

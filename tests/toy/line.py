@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from mlflow.models import set_model
 from mlflow.pyfunc.model import PythonModel
 
@@ -15,7 +16,7 @@ class Line(PythonModel):
         """Read slope and offset."""
         self.line = json.loads(Path(context.artifacts["line"]).read_text())
 
-    def predict(self, context: Any, model_input: Any, params: dict[str, Any] | None = None) -> Any:
+    def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.Series:
         """Give y for each x."""
         return self.line["slope"] * model_input["x"] + self.line["offset"]
 

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import mlflow
 import pandas as pd
-import yaml
+from mlflow.data.code_dataset_source import CodeDatasetSource
 from mlflow.data.dataset import Dataset
-from mlflow.data.pandas_dataset import from_pandas
+from mlflow.data.meta_dataset import MetaDataset
+from mlflow.models import infer_signature
 
 from lineage import file_md5, lock, md5, proof, registry, run_command, runs, write
 
@@ -22,8 +23,13 @@ COLUMNS = ("epoch", "loss")
 
 
 def main() -> None:
-    """Run one stage, or prove a run."""
-    {"fit": fit, "score": score, "track": track, "prove": prove}[sys.argv[1]]()
+    """Run one stage, or prove a run or a model."""
+    match sys.argv[1:]:
+        case ["prove", model]:
+            found = prove(model)
+            print(found.origin, *(found.difference or ["identical"]), sep="\n")
+        case [stage]:
+            {"fit": fit, "score": score, "track": track}[stage]()
 
 
 def fit() -> None:
@@ -47,9 +53,9 @@ def fit() -> None:
 
 
 def score() -> None:
-    """Say how many points lie within 1 of the line."""
+    """Say how many of the points are near the line."""
     points, line = pd.read_csv(POINTS), json.loads(MODEL.read_text())
-    near = (line["slope"] * points["x"] + line["offset"] - points["y"]).abs() < 1
+    near = (line["slope"] * points["x"] + line["offset"] - points["y"]).abs() < float(str(load_params()["score.near"]))
     write(METRICS, json.dumps({"accuracy": round(float(near.mean()), 6)}))
 
 
@@ -68,31 +74,31 @@ def track() -> None:
     print(f"run {run.info.run_id} {'is now' if added else 'was'} complete; champion {champion and champion.version}")
 
 
-def prove() -> None:
-    """Run again what made a run or a model, and print the first difference; none if all is identical."""
-    found = proof.prove_run(
-        proof.find(sys.argv[2]), sys.argv[2], data=dataset().digest, other_data="other points", data_files=[],
+def prove(model: str) -> proof.Proof:
+    """Run again what made a run or a model, and compare."""
+    return proof.prove_run(
+        proof.find(model), model, data=dataset().digest, other_data="other points", data_files=[],
         history=HISTORY, metrics=METRICS, hash_model=hash_model, tags=[],
     )  # fmt: skip
-    print(found.origin, *(found.difference or ["identical"]), sep="\n")
 
 
 def load_params() -> dict[str, object]:
     """Read params.yaml: {"fit.lr": 0.1, ...}."""
-    sections = yaml.safe_load(runs.PARAMS.read_text())
-    return {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
+    return lock.read_params(runs.PARAMS.read_bytes())
 
 
 def dataset() -> Dataset:
     """Describe the points, with their digest."""
-    return from_pandas(pd.read_csv(POINTS), str(POINTS), name="points", digest=file_md5(str(POINTS)))
+    return MetaDataset(CodeDatasetSource({}), name="points", digest=file_md5(str(POINTS)))  # type: ignore[abstract]
 
 
 def log_model() -> str:
     """Store the line in the active run, as code and a JSON file: no pickle."""
+    points = pd.read_csv(POINTS)
     logged = mlflow.pyfunc.log_model(
-        name=NAME, python_model="line.py", artifacts={"line": str(MODEL)}, pip_requirements=["mlflow", "pandas"]
-    )
+        name=NAME, python_model="line.py", artifacts={"line": str(MODEL)}, pip_requirements=["mlflow", "pandas"],
+        signature=infer_signature(points[["x"]], points["y"]),
+    )  # fmt: skip
     return str(logged.model_id)
 
 
