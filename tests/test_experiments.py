@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import mlflow
@@ -15,33 +14,40 @@ from lineage import registry
 from mnist_mlp import record
 from mnist_mlp.recipe import METRICS, data
 from tests import project
+from tests.conftest import Make
+
+pytestmark = pytest.mark.full
 
 UP_TO_DATE = "Data and pipelines are up to date."
 # Metrics and parameters only: the columns with a slash are hashes of code and data.
 TABLE = ("dvc", "exp", "show", "--no-pager", "--only-changed", "--drop", ".*/|Created|Executor|batch_mean|loss")
 
 
-@pytest.fixture(scope="module")
-def explored(tried: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+@pytest.fixture(scope="session")
+def explored(tried: Path, once: Make) -> Path:
     """A finished repository after four queued experiments, two at a time, on a store that did not exist.
 
     DVC's cache has the results of the first, as after a look at the same value without an experiment.
     """
-    folder = project.copy(tried, tmp_path_factory.mktemp("explored") / "repository", store=False)
-    project.run(folder, "dvc", "exp", "run", "--queue", "-S", "train.lr=0.05,0.08")
-    project.run(folder, "dvc", "exp", "run", "--queue", "-S", f"train.lr={project.DIVERGING}", "--name", "diverging")
-    project.run(folder, "dvc", "exp", "run", "--queue", "-S", "plot.dpi=80", "--name", "plots-only")
-    try:
-        # Its workers keep its output open. Who reads that waits until they have ended, long after the experiments.
-        start, quiet = ["dvc", "queue", "start", "-j", "2"], subprocess.DEVNULL
-        subprocess.run(start, cwd=folder, env=project.environment(), check=True, stdout=quiet, stderr=quiet)
-        deadline = time.monotonic() + project.NEVER
-        while re.search("Queued|Running", project.run(folder, "dvc", "queue", "status").stdout):
-            assert time.monotonic() < deadline, "the queue is not done"
-            time.sleep(2)  # asking takes a core one second, too
-        yield folder
-    finally:
-        project.run(folder, "dvc", "queue", "stop", "--kill", check=False)
+
+    def make(folder: Path) -> None:
+        project.copy(tried, folder, store=False)
+        project.run(folder, "dvc", "exp", "run", "--queue", "-S", "train.lr=0.05,0.08")
+        diverging = ("-S", f"train.lr={project.DIVERGING}", "--name", "diverging")
+        project.run(folder, "dvc", "exp", "run", "--queue", *diverging)
+        project.run(folder, "dvc", "exp", "run", "--queue", "-S", "plot.dpi=80", "--name", "plots-only")
+        try:
+            # Its workers keep its output open. Who reads that waits until they have ended, long after the experiments.
+            start, quiet = ["dvc", "queue", "start", "-j", "2"], subprocess.DEVNULL
+            subprocess.run(start, cwd=folder, env=project.environment(), check=True, stdout=quiet, stderr=quiet)
+            deadline = time.monotonic() + project.NEVER
+            while re.search("Queued|Running", project.run(folder, "dvc", "queue", "status").stdout):
+                assert time.monotonic() < deadline, "the queue is not done"
+                time.sleep(2)  # asking takes a core one second, too
+        finally:
+            project.run(folder, "dvc", "queue", "stop", "--kill", check=False)
+
+    return once("explored", make)
 
 
 def experiments(folder: Path) -> dict[str, str]:
@@ -55,7 +61,6 @@ def good(folder: Path) -> list[str]:
     return sorted(name for name, state in experiments(folder).items() if state == "success")
 
 
-@pytest.mark.full
 def test_every_queued_experiment_is_one_run_of_the_same_name_in_the_repositorys_store(explored: Path) -> None:
     head = project.run(explored, "git", "rev-parse", "HEAD").stdout.strip()
     runs = project.runs(explored)
@@ -120,7 +125,6 @@ def test_a_removed_experiment_stays_readable_in_mlflow(explored: Path, tmp_path:
     assert mlflow.pyfunc.load_model(f"models:/{record.NAME}/{version.version}")
 
 
-@pytest.mark.full
 def test_a_clone_pulls_data_model_and_experiments_and_computes_nothing_again(
     finished: Path, explored: Path, tmp_path: Path
 ) -> None:

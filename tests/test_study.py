@@ -10,11 +10,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import dask
 import distributed
 import mlflow
 import numpy as np
@@ -24,15 +25,18 @@ import torch
 import yaml
 from mlflow.entities import Run
 
-from lineage import registry
+import lineage
+from lineage import UserError, registry, store
 from mnist_mlp import params, record
 from mnist_mlp.published import PUBLISHED
 from mnist_mlp.recipe import data, training
 from mnist_mlp.recipe.history import FIGURES
 from mnist_mlp.recipe.params import VARIABLE
 from mnist_mlp.study import check, cluster, plan, words
+from mnist_mlp.study import record as study_record
 from stages import replicate, report
 from tests import project
+from tests.conftest import Make
 
 ROOT = Path(__file__).parents[1]
 STUDY = ("dvc", "repro", "study/dvc.yaml")
@@ -45,20 +49,48 @@ HELD_OUT = data.SIZES["train"] // 12
 OTHER_ARITHMETIC = "import torch\ntorch.backends.mkldnn.is_available = lambda: False\n"
 
 
-@pytest.fixture(scope="module")
-def studied(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="session")
+def studied(finished: Path, once: Make) -> Path:
     """A repository after its first study, all committed. Not to be changed: copy it."""
-    folder = project.copy(finished, tmp_path_factory.mktemp("studied") / "repository")
-    project.edit(folder, {"study.seeds": SEEDS})
-    project.run(folder, *STUDY)
-    project.commit(folder)
-    return folder
+
+    def make(folder: Path) -> None:
+        project.copy(finished, folder)
+        project.edit(folder, {"study.seeds": SEEDS})
+        project.run(folder, *STUDY)
+        project.commit(folder)
+
+    return once("studied", make)
 
 
 @pytest.fixture
 def repository(studied: Path, tmp_path: Path) -> Path:
     """A copy of that to do things to."""
     return project.copy(studied, tmp_path / "repository")
+
+
+@pytest.fixture
+def inside(
+    repository: Path, enter: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[[], str]:
+    """Work in that copy, where runs are trained in this process, one after the other; run `replicate` for its output.
+
+    The fixture ``studied`` shows that Dask's processes give the same.
+    """
+    enter(repository)
+    monkeypatch.setattr(replicate, "KEPT", repository / "study/runs")
+
+    def run_all(configs: Sequence[params.Params]) -> Iterator[tuple[int, plan.Run]]:
+        yield from ((index, cluster.train_run(config)) for index, config in enumerate(configs))
+
+    def run() -> str:
+        capsys.readouterr()
+        for path in replicate.TABLES:  # as DVC does
+            path.unlink(missing_ok=True)
+        replicate.main()
+        return capsys.readouterr().out
+
+    monkeypatch.setattr(cluster, "run_all", run_all)
+    return run
 
 
 def rows(folder: Path, path: Path = plan.RUNS) -> list[dict[str, str]]:
@@ -96,68 +128,56 @@ def test_the_committed_study_holds_the_pipelines_own_run() -> None:
     assert list(run) == ["seed", "accuracy", "batch_mean_accuracy", "loss", "model_md5"]
 
 
-def test_a_run_of_the_study_is_what_the_pipeline_gives_for_its_seed(repository: Path) -> None:
-    project.edit(repository, {"train.seed": 2})
-    project.run(repository, "dvc", "repro", "evaluate")
-    metrics = json.loads((repository / "results/metrics.json").read_text())
-    run = rows(repository)[1]
-    assert [float(run[name]) for name in plan.METRICS] == [metrics[name] for name in plan.METRICS]
-    lock = yaml.safe_load((repository / "dvc.lock").read_text())["stages"]
-    assert run["model_md5"] in {out["md5"] for out in lock["train"]["outs"]}
-    epochs = [",".join(list(row.values())[1:]) for row in rows(repository, plan.HISTORY) if row["seed"] == "2"]
-    assert epochs == (repository / "results/history.csv").read_text().splitlines()[1:]
-    assert (
-        project.run(repository, "dvc", "status", "study/dvc.yaml").stdout.strip()
-        == project.run(repository, "dvc", "status", "study/dvc.yaml:report").stdout.strip()
-    )  # the seed is no part of the study
+def test_a_run_of_the_study_is_what_the_pipeline_gives_for_its_seed(finished: Path) -> None:
+    run = cluster.train_run(params.load(finished / "params.yaml"))
+    metrics = json.loads((finished / "results/metrics.json").read_text())
+    assert [float(run.metrics[name]) for name in plan.METRICS] == [metrics[name] for name in plan.METRICS]
+    assert run.model_md5 == lineage.md5((finished / "results/model.safetensors").read_bytes())
+    epochs = [f"{epoch}," + ",".join(row.values()) for epoch, row in enumerate(run.history)]
+    assert epochs == (finished / "results/history.csv").read_text().splitlines()[1:]
+
+
+def due(folder: Path, pipeline: str) -> list[str]:
+    output = project.run(folder, "dvc", "repro", pipeline, "--dry").stdout
+    return re.findall(r"^Running stage '(?:study/dvc.yaml:)?(\w+)'", output, re.MULTILINE)
 
 
 def test_the_two_pipelines_do_not_run_each_other(repository: Path) -> None:
-    project.edit(repository, {"study.seeds": SEEDS + 1})
-    assert project.stages_run(project.run(repository, "dvc", "repro").stdout) == []
+    project.edit(repository, {"study.seeds": SEEDS + 1, "train.seed": 7})
+    assert due(repository, "dvc.yaml") == ["train", "track"]
     project.edit(repository, {"study.seeds": SEEDS, "plot.dpi": 90})
-    assert project.stages_run(project.run(repository, *STUDY).stdout) == ["report"]
+    assert due(repository, "study/dvc.yaml") == ["report"]
 
 
-@full
 def test_words_colours_and_published_figures_make_no_run_due(repository: Path) -> None:
     for path in ("lineage/git.py", "mnist_mlp/pictures.py", "mnist_mlp/study/words.py", "mnist_mlp/study/record.py"):
         (repository / path).write_text((repository / path).read_text() + "# read by nobody\n")
     (repository / PUBLISHED).write_text("")
-    output = project.run(repository, *STUDY, "--dry").stdout
-    assert [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")] == [
-        "study/dvc.yaml:report"
-    ]
+    assert due(repository, "study/dvc.yaml") == ["report"]
 
 
-def test_no_run_is_trained_twice(repository: Path, tmp_path: Path) -> None:
+def test_no_run_is_trained_twice(repository: Path, inside: Callable[[], str]) -> None:
     """Neither with more seeds, nor with settings of which one is known, nor in a clone, which has only the tables."""
-    clone = tmp_path / "a clone"
-    project.run(tmp_path, "git", "clone", "--quiet", str(repository), str(clone))
-    shutil.copytree(repository / "data/MNIST/raw", clone / "data/MNIST/raw", dirs_exist_ok=True)
-    project.edit(clone, {"study.seeds": 1})
-    assert trained(project.run(clone, *REPLICATE).stdout) == (1, 0)
-    project.commit(clone)  # without the other runs
-    for folder in (repository, clone):
-        project.edit(folder, {"study.seeds": SEEDS + 1})
-        assert trained(project.run(folder, *REPLICATE).stdout) == (SEEDS + 1, 1)
-    assert results(repository)["results/study/history.csv"] == results(clone)["results/study/history.csv"]
-
+    shutil.rmtree("study/runs")
+    project.edit(repository, {"study.seeds": 1})
+    assert trained(inside()) == (1, 0)
+    project.run(repository, "git", "checkout", "--quiet", ".")
+    project.edit(repository, {"study.seeds": SEEDS + 1})
+    assert trained(inside()) == (SEEDS + 1, 1)
     project.edit(repository, {"study.vary": {"train.lr": [0.05, project.LR]}, "study.seeds": 2})
-    assert trained(project.run(repository, *REPLICATE).stdout) == (4, 2)
+    assert trained(inside()) == (4, 2)
     assert [(row["train.lr"], row["seed"]) for row in rows(repository)] == [
         ("0.05", "1"), ("0.05", "2"), (str(project.LR), "1"), (str(project.LR), "2")
     ]  # fmt: skip
 
 
-@full
-def test_runs_of_other_code_or_parameters_are_not_used(repository: Path) -> None:
+def test_runs_of_other_code_or_parameters_are_not_used(repository: Path, inside: Callable[[], str]) -> None:
     project.edit(repository, {"study.seeds": 1, "train.momentum": 0.5})
-    assert trained(project.run(repository, *REPLICATE).stdout) == (1, 1)
+    assert trained(inside()) == (1, 1)
     project.edit(repository, {"train.momentum": 0.0})
     net = repository / "mnist_mlp/recipe/net.py"
     net.write_text(net.read_text() + "# other code\n")
-    assert trained(project.run(repository, *REPLICATE).stdout) == (1, 1)
+    assert trained(inside()) == (1, 1)
 
 
 @full
@@ -174,14 +194,13 @@ def test_runs_of_another_arithmetic_are_not_used(repository: Path, tmp_path: Pat
     assert trained(project.run(repository, *REPLICATE, env=env).stdout) == (2, 2)
 
 
-@full
-def test_tables_that_their_lock_does_not_record_are_not_used(repository: Path) -> None:
-    shutil.rmtree(repository / "study/runs")
-    table = repository / plan.RUNS
-    table.write_text(re.sub(r"^(3,)0\.\d+", r"\g<1>0.999999", table.read_text(), flags=re.MULTILINE))
+def test_tables_that_their_lock_does_not_record_are_not_used(repository: Path, inside: Callable[[], str]) -> None:
+    shutil.rmtree("study/runs")
+    table = plan.RUNS.read_text()
+    plan.RUNS.write_text(re.sub(r"^(3,)0\.\d+", r"\g<1>0.999999", table, flags=re.MULTILINE))
     project.commit(repository)
     project.edit(repository, {"study.seeds": 1})
-    assert trained(project.run(repository, *REPLICATE).stdout) == (1, 1)
+    assert trained(inside()) == (1, 1)
 
 
 @pytest.mark.recipe
@@ -204,13 +223,13 @@ def test_a_kept_run_is_named_by_all_that_decides_what_it_gives() -> None:
     assert replicate._key(config.replaced({"study.seeds": 3, "plot.dpi": 50}), code, "f") in keys
 
 
-def test_a_damaged_kept_run_is_trained_again(repository: Path) -> None:
+def test_a_damaged_kept_run_is_trained_again(repository: Path, inside: Callable[[], str]) -> None:
     kept = {path: path.read_text() for path in sorted((repository / "study/runs").glob("*.json"))}
     forget(repository)
     (repository / "study/runs").mkdir()
     for path, damage in zip(kept, (slice(0, -50), slice(0, 0), slice(None)), strict=True):
         path.write_text(kept[path][damage])
-    assert trained(project.run(repository, *REPLICATE).stdout) == (SEEDS, 2)
+    assert trained(inside()) == (SEEDS, 2)
 
 
 @full
@@ -237,6 +256,7 @@ def test_a_study_that_is_killed_goes_on_with_the_missing_runs(studied: Path, rep
     assert rows(repository) == rows(studied)
 
 
+@full
 def test_ctrl_c_ends_a_study_in_one_go(repository: Path) -> None:
     forget(repository)
     process = subprocess.Popen(
@@ -416,14 +436,11 @@ def test_a_worker_with_a_full_disk_is_left_out(repository: Path, dask_cluster: C
     assert re.fullmatch(r"worker \S+ is left out: OSError: \[Errno 28\] No space left on device\n", done.stderr)
 
 
-@pytest.mark.parametrize(
-    "address", ["foo", *(pytest.param(f"{kind}://127.0.0.1", marks=full) for kind in ("tcp", "http", "tls"))]
-)
-def test_an_address_that_is_none_is_one_line(repository: Path, address: str) -> None:
-    done = project.run(repository, *CHECK, env=project.environment(DASK_SCHEDULER_ADDRESS=address), check=False)
-    (line,) = done.stderr.splitlines()
-    assert done.returncode == 2
-    assert line.startswith(f"study-check: the scheduler at DASK_SCHEDULER_ADDRESS={address} has no address such as tcp")
+@pytest.mark.parametrize("address", ["foo", "tcp://127.0.0.1", "http://127.0.0.1", "tls://127.0.0.1"])
+def test_an_address_that_is_none_is_one_line(address: str) -> None:
+    line = f"the scheduler at DASK_SCHEDULER_ADDRESS={address} has no address such as tcp"
+    with dask.config.set({"scheduler-address": address}), pytest.raises(UserError, match=line), cluster._client(1):
+        pytest.fail("connected")
 
 
 def test_the_local_cluster_is_for_this_study_only() -> None:
@@ -542,9 +559,13 @@ def test_a_study_varies_what_stage_train_depends_on() -> None:
 
 
 @pytest.mark.recipe
-def test_settings_are_compared_by_seed_and_a_diverged_run_is_a_result(repository: Path) -> None:
+def test_settings_are_compared_by_seed_and_a_diverged_run_is_a_result(
+    repository: Path, inside: Callable[[], str]
+) -> None:
     project.edit(repository, {"study.vary": {"train.lr": [0.1, 0.05, 10.0]}})
-    output = project.run(repository, *STUDY).stdout
+    output = inside()
+    project.dvc("commit", "--force", "--quiet", "study/dvc.yaml:replicate")
+    report.main()
     assert "train.lr 10.0, seed 1: diverged" in output
     (kept, other, diverged) = (rows(repository)[start : start + SEEDS] for start in (0, SEEDS, 2 * SEEDS))
     assert [row["accuracy"] + row["model_md5"] for row in diverged] == [""] * SEEDS
@@ -572,9 +593,9 @@ def test_settings_are_compared_by_seed_and_a_diverged_run_is_a_result(repository
     assert difference["mean"] == pytest.approx(by_seed.mean(), abs=1e-6)
     assert (none["pairs"], none["mean"]) == (0, None)
     assert comparison["chooses_by_test_set"]
-    words = project.run(repository, *TRACK).stdout
-    assert "Warning: this is the test set" in words
-    assert f"{SEEDS} diverged" in words
+    said = words.in_words(summary)
+    assert "Warning: this is the test set" in said
+    assert f"{SEEDS} diverged" in said
 
 
 @full
@@ -625,24 +646,33 @@ def test_held_out_images_are_the_last_and_no_part_of_the_training(mnist: Path) -
     assert torch.equal(sets.validation.labels, whole.train.labels[-HELD_OUT:])
 
 
-def test_study_check_says_identical_or_the_first_difference(repository: Path) -> None:
-    done = project.run(repository, *CHECK)
-    first, last = done.stdout.splitlines()
+def test_study_check_says_identical_or_the_first_difference(
+    repository: Path, inside: Callable[[], str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["check", *arguments])
+        status = 0
+        try:
+            check.main()
+        except SystemExit as ended:
+            status = int(str(ended.code))
+        return status, *capsys.readouterr()
+
+    status, output, _ = run()
+    first, last = output.splitlines()
+    assert status == 0
     assert re.fullmatch(r"training again: seed \d; seed \d", first)
     assert re.fullmatch(r"identical: seed \d; seed \d: every figure and the model's MD5", last)
 
     table = repository / plan.HISTORY
     table.write_text(re.sub(r"^(\d,1,.*,)0\.\d+$", r"\g<1>0.123456", table.read_text(), flags=re.MULTILINE))
-    done = project.run(repository, *CHECK, "--runs", "1", check=False)
-    assert done.returncode == 1
-    assert re.search(
-        r"^different: seed \d: epoch 1: test_acc is 0.123456 in the table, 0\.\d+ here$", done.stdout, re.M
-    )
+    status, output, _ = run("--runs", "1")
+    assert status == 1
+    assert re.search(r"^different: seed \d: epoch 1: test_acc is 0.123456 in the table, 0\.\d+ here$", output, re.M)
 
     project.edit(repository, {"train.lr": 0.05})
-    done = project.run(repository, *CHECK, check=False)
     line = f"study-check: params.yaml: train.lr is 0.05, and the study was made with {project.LR}; run `make study`\n"
-    assert (done.returncode, done.stderr) == (2, line)
+    assert run() == (2, "", line)
 
 
 def test_study_check_compares_every_figure_and_the_model(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -743,8 +773,11 @@ def test_every_run_is_a_dot_or_counted(far_below: int) -> None:
     assert marks == {"published": 0.9775, "target": 0.977}
 
 
-def test_mlflow_has_one_parent_and_a_child_for_each_run_and_gets_them_once(repository: Path) -> None:
-    mlflow.set_tracking_uri(f"sqlite:///{repository}/mlflow.db")
+def test_mlflow_has_one_parent_and_a_child_for_each_run_and_gets_them_once(
+    repository: Path, enter: Callable[[Path], None]
+) -> None:
+    enter(repository)
+    store.connect(record.STUDY)
 
     def found() -> list[Run]:
         runs: list[Run] = mlflow.search_runs(experiment_names=[record.STUDY], output_format="list")
@@ -776,26 +809,21 @@ def test_mlflow_has_one_parent_and_a_child_for_each_run_and_gets_them_once(repos
     assert artifacts == {"summary.json", "runs.csv", "history.csv", "params.yaml", "plots"}
     assert "published" in parent.data.tags["mlflow.note.content"]
 
-    assert "was complete" in project.run(repository, *TRACK).stdout
+    assert "was complete" in study_record.track(params.load())[1]
     assert len(found()) == len(before)
     client.set_terminated(parent.info.run_id, "KILLED")  # as when it was stopped before its end
-    assert "is now complete" in project.run(repository, *TRACK).stdout
+    assert "is now complete" in study_record.track(params.load())[1]
     assert len(found()) == len(before)
     (parent,) = [run for run in found() if "mlflow.parentRunId" not in run.data.tags]
     shutil.rmtree(parent.info.artifact_uri.removeprefix("file://"))
-    assert "has new results" in project.run(repository, *TRACK).stdout
+    assert "has new results" in study_record.track(params.load())[1]
     assert client.list_artifacts(parent.info.run_id, "plots")
-    (repository / "mlflow.db").unlink()
-    assert "is now complete" in project.run(repository, *TRACK).stdout
-    assert len(found()) == len(before)
 
     table = (repository / plan.RUNS).read_text()
     better = re.sub(r"^(1,)0\.\d+", r"\g<1>0.999999", table, flags=re.MULTILINE)
     for path, damage in ((plan.SUMMARY, "{"), (plan.RUNS, better)):
+        good = (repository / path).read_text()
         (repository / path).write_text(damage)
-        done = project.run(repository, *TRACK, check=False)
-        line = f"record: {path} is not what the study has made; run `make study`\n"
-        assert (done.returncode, done.stderr) == (1, line)
-        project.run(repository, "dvc", "repro", "study/dvc.yaml")  # as `make study` does
-        assert "was complete" in project.run(repository, *TRACK).stdout
-    assert (repository / plan.RUNS).read_text() == table
+        with pytest.raises(UserError, match=f"{path} is not what the study has made; run `make study`"):
+            study_record.main()
+        (repository / path).write_text(good)
