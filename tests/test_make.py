@@ -166,6 +166,7 @@ def test_what_starts_from_the_venv_without_activation_finds_the_project_and_its_
     assert run(tmp_path, str(python), "-m", "here").stdout == "of the working folder\n"
 
 
+@pytest.mark.full
 def test_the_set_up_obeys_pips_settings_but_for_the_place_and_tells_uv_the_index(folder: Path, tmp_path: Path) -> None:
     """With a real pip, and a registry that has nothing but a package named uv."""
     index = tmp_path / "index/uv"

@@ -49,7 +49,7 @@ class Digits:
 
     def __init__(self, mnist: Path) -> None:
         config = params.load()
-        config = config.replaced({"train.epochs": 4, "train.seed": 42, "train.device": "cpu"})
+        config = config.replaced({"model.hidden": [100], "train.epochs": 6, "train.seed": 42, "train.device": "cpu"})
         model = training.new_model(config)
         *_, last = training.train(model, training.load(config, mnist), config)
         assert last["test_acc"] > 0.96

@@ -199,8 +199,9 @@ def test_pictures_on_disk_are_read_whatever_they_look_like(
         "cut short.png": "not a whole picture: image file is truncated",
         "missing.png": "No such file or directory",
     }
-    paths = [str(tmp_path / name) for name in [*pictures, *wrong]]
+    paths = [*pictures, *wrong]
     monkeypatch.setattr(sys, "argv", ["predict", *paths])
+    monkeypatch.setattr(predict, "CALLER", tmp_path)  # a path starts where the user is
     with pytest.raises(SystemExit) as ended:
         predict.main()
     output, errors = capsys.readouterr()
@@ -211,7 +212,7 @@ def test_pictures_on_disk_are_read_whatever_they_look_like(
     ]
     assert all(0.1 < float(probability) <= 1 for _, _, probability in lines)
     for line, (name, reason) in zip(errors.splitlines(), wrong.items(), strict=True):
-        assert line.startswith(f"predict: {tmp_path / name}: {reason}")
+        assert line.startswith(f"predict: {name}: {reason}")
 
 
 def test_a_port_in_use_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,7 +230,9 @@ def test_without_a_champion_it_says_what_to_do(
     module: ModuleType, missing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, missing, "nobody")
-    with pytest.raises(UserError, match=r"no usable models:/.*nobody.*not found; `make track` makes it from the results"):
+    with pytest.raises(
+        UserError, match=r"no usable models:/.*nobody.*not found; `make track` makes it from the results"
+    ):
         champion.load()
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -32,13 +31,10 @@ def elsewhere(tmp_path: Path) -> Path:
     return folder
 
 
-def test_commands_work_from_another_folder_and_leave_nothing_there(repository: Path, elsewhere: Path) -> None:
-    project.draw_picture(elsewhere / "picture.png")
+def test_a_command_works_from_another_folder_and_leaves_nothing_there(repository: Path, elsewhere: Path) -> None:
     env = project.environment(PYTHONPATH=str(repository))
-    project.run(elsewhere, sys.executable, "-m", "stages.track", env=env)
-    done = project.run(elsewhere, sys.executable, "-m", "mnist_mlp.predict", "picture.png", env=env)
-    assert re.match(r"picture.png: \d+, probability ", done.stdout)
-    assert [path.name for path in elsewhere.iterdir()] == ["picture.png"]
+    assert "was complete" in project.run(elsewhere, sys.executable, "-m", "stages.track", env=env).stdout
+    assert not list(elsewhere.iterdir())
 
 
 @pytest.mark.full
@@ -107,12 +103,13 @@ def test_dvc_keeps_no_experiment_in_a_shallow_clone_which_is_said(repository: Pa
 def test_published_figures_may_be_missing_or_empty(repository: Path, enter: Callable[[Path], None]) -> None:
     published = repository / "data/published_history.csv"
     header, *_ = published.read_text().splitlines()
-    for state in ("header", "missing"):
-        published.write_text(f"{header}\n") if state == "header" else published.unlink()
-        project.run(repository, sys.executable, "-m", "stages.plot")
-        assert ", published" not in project.run(repository, sys.executable, "-m", "mnist_mlp.verdict").stdout
-        enter(repository)
-        assert "published" not in record.summary(params.load(), json.loads(METRICS.read_text()))
+    enter(repository)
+    published.write_text(f"{header}\n")
+    assert published_history() == []
+    published.unlink()
+    project.run(repository, sys.executable, "-m", "stages.plot")
+    assert ", published" not in project.run(repository, sys.executable, "-m", "mnist_mlp.verdict").stdout
+    assert "published" not in record.summary(params.load(), json.loads(METRICS.read_text()))
     for wrong in ("epoch,accuracy\n0,0.9\n", f"{header}\n1,1,1,1,1\n", f"{header}\n0,nan,1,1,1\n"):
         published.write_text(wrong)
         with pytest.raises(
