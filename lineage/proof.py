@@ -40,6 +40,18 @@ NOT_PASSED_ON = ("DVC_", "GIT_", "MLFLOW_", "ATEN_", "ONEDNN_", "CUBLAS_")
 Values = dict[str, str]  # what is compared, by name; what comes first in a run comes first
 
 
+class Project(NamedTuple):
+    """What the proof must know of a project."""
+
+    data: str  # the digest of the present data; a run from others is refused
+    other_data: str  # words for these
+    history: Path  # a CSV file with the figures of each epoch, and the column ``epoch``
+    metrics: Path  # a JSON file with the results; those that a run has are compared
+    hash_model: Callable[[str], Values]  # what is to be compared of a stored model, from its MLflow address
+    data_files: Sequence[Path] = ()  # to copy into the clone, if they are here, so that they are not fetched again
+    tags: Sequence[str] = ()  # of a run, which say more of the environment that decides bytes
+
+
 class Proof(NamedTuple):
     """What was run again, and lines on the first difference: none if all is identical."""
 
@@ -78,74 +90,58 @@ def _forged(commit: str, expected: Values) -> list[str]:
     return []
 
 
-def prove_run(
-    run: Run,
-    model: str,
-    *,
-    data: str,
-    other_data: str,
-    data_files: Sequence[Path],
-    history: Path,
-    metrics: Path,
-    hash_model: Callable[[str], Values],
-    tags: Sequence[str],
-) -> Proof:
+def prove_run(run: Run, model: str, project: Project) -> Proof:
     """Run again what made a model, and compare it with its run in MLflow.
 
     Args:
         run: as ``find`` gives it.
         model: as for ``find``; for the id of a run, the run's own model is compared.
-        data: the digest of the present data; a run from others is refused.
-        other_data: words for these.
-        data_files: what to copy into the clone, if it is here, so that it is not fetched again.
-        history: a CSV file with the figures of each epoch, and the column ``epoch``.
-        metrics: a JSON file with the results; those that the run has are compared.
-        hash_model: gives names and hashes of what is to be compared of a stored model, from its MLflow address.
-        tags: of the run, which say more of the environment that decides bytes, such as a library's version.
+        project: what to compare, and how.
 
     Raises:
         UserError: the run cannot be proved.
     """
-    _check(run, data, other_data)
+    _check(run, project)
     origin = f"run {run.info.run_id}, commit {run.data.tags['git.commit'][:10]}"
     print(f"running again: {origin}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         files = _recorded_outputs(run, Path(folder))
-        stored = hash_model(model if model.startswith("models:/") else _model_uri(run))
-        clone = _clone(run.data.tags["git.commit"], Path(folder), data_files)
+        stored = project.hash_model(model if model.startswith("models:/") else _model_uri(run))
+        clone = _clone(run.data.tags["git.commit"], Path(folder), project.data_files)
         _put_parameters_and_changes(run, clone)
         _run_again(clone)
-        rows = list(csv.DictReader((clone / history).read_text().splitlines()))
-        results = json.loads((clone / metrics).read_text())
+        rows = list(csv.DictReader((clone / project.history).read_text().splitlines()))
+        results = json.loads((clone / project.metrics).read_text())
         names = [name for name in results if name in run.data.metrics]
-        expected = {
-            runs.DATA: run.data.tags[runs.DATA],
-            **_logged_epochs(run, [name for name in rows[0] if name != "epoch"]),
-            **files,
-            **{name: str(run.data.metrics[name]) for name in names},
-            **stored,
-        }
-        with chdir(clone):  # MLflow makes a folder for artifacts wherever it opens a store
-            mlflow.set_tracking_uri(f"sqlite:///{clone}/mlflow.db")
-            (again,) = mlflow.search_runs(
-                filter_string=f"tags.`{runs.MODEL}` != ''", search_all_experiments=True, output_format="list"
-            )
-            actual = {
-                runs.DATA: again.data.tags[runs.DATA],
-                **_epochs(rows),
-                **_made(clone),
-                **{name: str(results[name]) for name in names},
-                **hash_model(_model_uri(again)),
-            }
+        epochs = _logged_epochs(run, [name for name in rows[0] if name != "epoch"])
+        metrics = {name: str(run.data.metrics[name]) for name in names}
+        expected = {runs.DATA: run.data.tags[runs.DATA], **epochs, **files, **metrics, **stored}
+        again, rebuilt = _run_of(clone, project)
+        metrics = {name: str(results[name]) for name in names}
+        actual = {runs.DATA: again.data.tags[runs.DATA], **_epochs(rows), **_made(clone), **metrics, **rebuilt}
     difference = _first_difference(expected, actual, "in the run")
-    if difference:
-        theirs, ours = run.data.tags, again.data.tags
-        environment = (*tags, *ENVIRONMENT)
-        others = [name for name in environment if theirs.get(name) != ours.get(name)]
-        difference += [f"{name} is {theirs.get(name)} in the run, {ours.get(name)} here" for name in others]
-        if not others:
-            difference += [f"the environment is the same: {', '.join(environment)}"]
-    return Proof(origin, difference)
+    return Proof(origin, difference and difference + _environment(run, again, (*project.tags, *ENVIRONMENT)))
+
+
+def _run_of(clone: Path, project: Project) -> tuple[Run, Values]:
+    """Find the run of the training in the clone's own store, and hash its model."""
+    with chdir(clone):  # MLflow makes a folder for artifacts wherever it opens a store
+        mlflow.set_tracking_uri(f"sqlite:///{clone}/mlflow.db")
+        (run,) = mlflow.search_runs(
+            filter_string=f"tags.`{runs.MODEL}` != ''", search_all_experiments=True, output_format="list"
+        )
+        return run, project.hash_model(_model_uri(run))
+
+
+def _environment(run: Run, again: Run, names: Sequence[str]) -> list[str]:
+    """Say which of some tags differ between two runs."""
+    theirs, ours = run.data.tags, again.data.tags
+    lines = [
+        f"{name} is {theirs.get(name)} in the run, {ours.get(name)} here"
+        for name in names
+        if theirs.get(name) != ours.get(name)
+    ]
+    return lines or [f"the environment is the same: {', '.join(names)}"]
 
 
 def _first_difference(expected: Values, actual: Values, where: str) -> list[str]:
@@ -204,7 +200,7 @@ def _run(identity: str) -> Run:
         raise UserError(f"{store.first_line(error)}; `make track` makes a run of the present results") from None
 
 
-def _check(run: Run, data: str, other_data: str) -> None:
+def _check(run: Run, project: Project) -> None:
     """Refuse a run whose origin is not known, or is not available here."""
     tags, name = run.data.tags, f"run {run.info.run_id}"
     if "git.commit" not in tags:
@@ -219,8 +215,8 @@ def _check(run: Run, data: str, other_data: str) -> None:
         raise UserError(
             f"{name} does not know its {', '.join(unknown)}, because Git failed; `make track` makes a new run"
         )
-    if tags[runs.DATA] != data:
-        raise UserError(f"{name} was made from {other_data}; check its commit out first: {tags['git.commit']}")
+    if tags[runs.DATA] != project.data:
+        raise UserError(f"{name} was made from {project.other_data}; check its commit out first: {tags['git.commit']}")
     commit = tags["git.commit"]
     if not git.has_commit(commit):
         git.check()

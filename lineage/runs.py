@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlflow
 import yaml
@@ -40,6 +40,38 @@ MODEL = "model.md5"  # comes last of what a training logs
 DATA = "data.digest"
 EXPERIMENT = "dvc.experiment"
 FILES = "files"  # a tag of a logged model: each file and its size
+
+
+class Training(NamedTuple):
+    """What a run is made from: what its stage ``train`` and its stage ``track`` both know."""
+
+    experiment: str  # its name in MLflow
+    params: Mapping[str, object]  # by their dotted names, in the order that MLflow's page will show
+    dataset: Dataset  # the data, with their digest
+    tags: Mapping[str, str] = {}  # more of them, such as the version of a library that decides bytes
+    unnamed: Sequence[str] = ()  # the parameters that are left out of the run's name, because they decide no byte
+
+
+class Results(NamedTuple):
+    """What the stages have left in files, for a run that is to be complete."""
+
+    history: Path  # a CSV file with the figures of each epoch, and the column ``epoch``
+    model: Path  # the model's file
+    log_model: Callable[[], str]  # stores the model that this file makes in the active run, and gives its id
+    metrics: Mapping[str, float]  # by their names
+    files: Mapping[str, Sequence[Path]]  # to store with the run, by the folder in it; "" for none
+    note: str  # what came out, in Markdown; how to prove it is added
+    tables: Mapping[str, Mapping[str, Sequence[float]]] = {}  # columns by their names, by the name of the table's file
+
+    @property
+    def model_md5(self) -> str:
+        """Hash the model's file."""
+        return str(file_md5(str(self.model)))
+
+    def names(self) -> set[str]:
+        """List what such a run has among its files."""
+        stored = {folder or path.name for folder in self.files for path in self.files[folder]}
+        return {str(PARAMS), LOCK[0], *self.tables, *stored}
 
 
 class LiveRun:
@@ -76,36 +108,23 @@ class LiveRun:
 
 
 @contextmanager
-def live(
-    experiment: str,
-    params: Mapping[str, object],
-    dataset: Dataset,
-    tags: Mapping[str, str],
-    unnamed: Sequence[str] = (),
-) -> Iterator[LiveRun]:
+def live(training: Training) -> Iterator[LiveRun]:
     """Open a run with parameters, data set and tags that say what it is made from; close it as it ended.
-
-    Args:
-        experiment: its name.
-        params: by their dotted names, in the order that MLflow's page will show.
-        dataset: the data, with their digest.
-        tags: more of them, such as the version of a library that decides bytes.
-        unnamed: the parameters that are left out of the run's name, because they decide no byte.
 
     Raises:
         UserError: no MLflow store is available, or it refuses.
     """
-    store.connect(experiment)
+    store.connect(training.experiment)
     run, status, note = LiveRun(), "FAILED", ""
     try:
         try:
-            _end_killed_runs(experiment)
+            _end_killed_runs(training.experiment)
             patch = git.patch()
-            started = {MLFLOW_RUN_NOTE: "Not complete: `make track` adds the results.", DATA: dataset.digest}
-            started |= {**provenance(patch), **tags}
-            run.id = mlflow.start_run(run_name=run_name(params, patch, unnamed), tags=started).info.run_id
-            mlflow.log_params(dict(params))
-            mlflow.log_input(dataset, context="training")
+            tags = {MLFLOW_RUN_NOTE: "Not complete: `make track` adds the results.", DATA: training.dataset.digest}
+            tags |= {**provenance(patch), **training.tags}
+            run.id = mlflow.start_run(run_name=run_name(training, patch), tags=tags).info.run_id
+            mlflow.log_params(dict(training.params))
+            mlflow.log_input(training.dataset, context="training")
             mlflow.log_artifact(str(PARAMS))
         except (MlflowException, OSError) as error:
             run.lost = True
@@ -136,38 +155,13 @@ def _end_killed_runs(experiment: str) -> None:
             client.set_terminated(run.info.run_id, "KILLED")
 
 
-def track(
-    experiment: str,
-    recorded: Mapping[str, Any],
-    params: Mapping[str, object],
-    dataset: Dataset,
-    tags: Mapping[str, str],
-    *,
-    history: Path,
-    model: Path,
-    log_model: Callable[[], str],
-    metrics: Mapping[str, float],
-    tables: Mapping[str, Mapping[str, Sequence[float]]],
-    files: Mapping[str, Sequence[Path]],
-    note: str,
-    unnamed: Sequence[str] = (),
-) -> tuple[Run, bool]:
+def track(training: Training, recorded: Mapping[str, Any], results: Results) -> tuple[Run, bool]:
     """Make MLflow's record of the present results complete: one run for this state of ``dvc.lock``.
 
     Args:
-        experiment: as for ``live``.
+        training: as for ``live``.
         recorded: the stages of ``dvc.lock``, which ``lock.recorded`` has compared with the files.
-        params: as for ``live``.
-        dataset: as for ``live``.
-        tags: as for ``live``.
-        history: a CSV file with the figures of each epoch, and the column ``epoch``.
-        model: the model's file.
-        log_model: stores the model that this file makes in the active run, and gives its id.
-        metrics: by their names.
-        tables: columns by their names, for MLflow's page, by the name of the table's file.
-        files: to store with the run, by the folder in it; "" for none.
-        note: what came out, in Markdown; how to prove it is added.
-        unnamed: as for ``live``.
+        results: what these stages have left.
 
     Returns:
         The run, and whether there was something to add.
@@ -176,34 +170,19 @@ def track(
         UserError: no MLflow store is available, or it refuses.
     """
     digest = md5(json.dumps(recorded, sort_keys=True).encode())
-    model_md5 = str(file_md5(str(model)))
-    store.connect(experiment)
+    store.connect(training.experiment)
     client = mlflow.MlflowClient()
     try:
         with store.lock():  # a second process waits, and then finds the run
-            same = store.search(experiment, f"tags.`{MODEL}` = '{model_md5}'")
-            run = _choose(same, digest, params)
-            needed = {
-                str(PARAMS),
-                LOCK[0],
-                *tables,
-                *(folder or path.name for folder in files for path in files[folder]),
-            }
-            added = run is None or not _is_complete(run, digest, needed)
-            if run is None:
-                with live(experiment, params, dataset, tags, unnamed) as new:
-                    client.log_batch(new.id, points(list(csv.DictReader(history.read_text().splitlines()))))
-                    add_model(new.id, model_md5, log_model)
-                run = client.get_run(new.id)
+            same = store.search(training.experiment, f"tags.`{MODEL}` = '{results.model_md5}'")
+            run = _choose(same, digest, training.params)
+            added = run is None or not _is_complete(run, digest, results.names())
+            run = run or _write(training, results)
             identity = run.info.run_id
             if added:
-                if not model_of(run):
-                    with mlflow.start_run(identity):
-                        add_model(identity, model_md5, log_model)
-                _log_results(identity, recorded, metrics, tables, files)
-                client.set_tag(identity, MLFLOW_RUN_NOTE, f"{note}\n\nProve it: `make verify MODEL={identity}`\n")
+                _complete(run, recorded, results)
             if added or not git.has_commit(run.data.tags["git.commit"]):
-                _set_origin(identity, run_name(params, git.patch(), unnamed))
+                _set_origin(identity, training)
             client.set_tag(identity, DIGEST, digest)
             for other in same:
                 if DIGEST not in other.data.tags and other.info.run_id != identity and _is_of_this_experiment(other):
@@ -211,6 +190,15 @@ def track(
             return client.get_run(identity), added
     except (MlflowException, OSError) as error:
         raise UserError(f"MLflow refuses: {store.first_line(error)}; `make track` tries again") from None
+
+
+def _write(training: Training, results: Results) -> Run:
+    """Write a whole training from the files that it has left."""
+    with live(training) as run:
+        history = list(csv.DictReader(results.history.read_text().splitlines()))
+        mlflow.MlflowClient().log_batch(run.id, points(history))
+        add_model(run.id, results.model_md5, results.log_model)
+    return mlflow.get_run(run.id)
 
 
 def _choose(same: list[Run], digest: str, params: Mapping[str, object]) -> Run | None:
@@ -239,35 +227,33 @@ def _is_complete(run: Run, digest: str, needed: set[str]) -> bool:
     return needed.union(patch) <= {artifact.path for artifact in mlflow.MlflowClient().list_artifacts(run.info.run_id)}
 
 
-def _log_results(
-    run_id: str,
-    recorded: Mapping[str, Any],
-    metrics: Mapping[str, float],
-    tables: Mapping[str, Mapping[str, Sequence[float]]],
-    files: Mapping[str, Sequence[Path]],
-) -> None:
+def _complete(run: Run, recorded: Mapping[str, Any], results: Results) -> None:
     """Add what the other stages have made. If this is interrupted, it can be done again."""
-    client = mlflow.MlflowClient()
-    client.log_artifact(run_id, str(PARAMS))
-    for folder, paths in files.items():
+    client, identity = mlflow.MlflowClient(), run.info.run_id
+    if not model_of(run):
+        with mlflow.start_run(identity):
+            add_model(identity, results.model_md5, results.log_model)
+    client.log_artifact(identity, str(PARAMS))
+    for folder, paths in results.files.items():
         for path in paths:
-            client.log_artifact(run_id, str(path), folder or None)
-    client.log_text(run_id, yaml.safe_dump({"schema": "2.0", "stages": recorded}, sort_keys=False), LOCK[0])
-    for metric, value in metrics.items():
-        client.log_metric(run_id, metric, value)
-    there = {artifact.path for artifact in client.list_artifacts(run_id)}
-    for name in tables.keys() - there:  # MLflow adds rows to a table that is there
-        client.log_table(run_id, dict(tables[name]), name)
-    if client.get_run(run_id).info.status != "FINISHED":  # a process that completed it before was interrupted
-        client.set_terminated(run_id)
+            client.log_artifact(identity, str(path), folder or None)
+    client.log_text(identity, yaml.safe_dump({"schema": "2.0", "stages": recorded}, sort_keys=False), LOCK[0])
+    for metric, value in results.metrics.items():
+        client.log_metric(identity, metric, value)
+    there = {artifact.path for artifact in client.list_artifacts(identity)}
+    for name in results.tables.keys() - there:  # MLflow adds rows to a table that is there
+        client.log_table(identity, dict(results.tables[name]), name)
+    client.set_tag(identity, MLFLOW_RUN_NOTE, f"{results.note}\n\nProve it: `make verify MODEL={identity}`\n")
+    if client.get_run(identity).info.status != "FINISHED":  # a process that completed it before was interrupted
+        client.set_terminated(identity)
 
 
-def _set_origin(run_id: str, name: str) -> None:
+def _set_origin(run_id: str, training: Training) -> None:
     """Say from which commit and changes the run can be run again now; a commit can be gone later."""
     client, patch = mlflow.MlflowClient(), git.patch()
     if patch:
         log_patch(run_id, patch)
-    client.update_run(run_id, name=name)
+    client.update_run(run_id, name=run_name(training, patch))
     for key, value in origin(patch).items():
         client.set_tag(run_id, key, value)
 
@@ -349,7 +335,7 @@ def download(run_id: str, names: tuple[str, str], folder: Path) -> Path:
     return Path(client.download_artifacts(run_id, next((n for n in names if n in found), names[0]), str(folder)))
 
 
-def run_name(params: Mapping[str, object], patch: bytes | None, unnamed: Sequence[str]) -> str:
+def run_name(training: Training, patch: bytes | None) -> str:
     """Name a run as DVC's experiment, or else by what makes it: ``main-81cb9b3+ train.lr=0.05``.
 
     That is the branch, the commit, a plus for changes that are not committed, and up to three parameters that are not
@@ -362,7 +348,9 @@ def run_name(params: Mapping[str, object], patch: bytes | None, unnamed: Sequenc
     except UserError:  # none, or another file
         before = {}
     changed = [
-        f"{key}={value}" for key, value in params.items() if before and before.get(key) != value and key not in unnamed
+        f"{key}={value}"
+        for key, value in training.params.items()
+        if before and before.get(key) != value and key not in training.unnamed
     ]
     more = ["..."] if len(changed) > 3 else []
     edited = "" if patch is not None and set(git.changed_files(patch)) <= {str(PARAMS)} else "+"

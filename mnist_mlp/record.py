@@ -36,15 +36,12 @@ COLOUR = "mlflow.runColor"  # a tag of a run
 SETTING = "setting"  # a tag in the study's experiment: which values a run has; the rows of MLflow's table
 
 
-def flat(config: Params) -> dict[str, object]:
-    """Name every parameter of the pipeline as DVC does, those that decide no byte last."""
-    return dict(sorted(config.flat().items(), key=lambda item: item[0] in SOURCES))
-
-
-def dataset(config: Params) -> MetaDataset:
-    """Describe the data for MLflow."""
+def training(config: Params) -> runs.Training:
+    """Say what a run of the pipeline is made from; the parameters that decide no byte come last."""
     source = HTTPDatasetSource(config.data.mirrors[0])
-    return MetaDataset(source, name=data.NAME, digest=data.DIGEST)  # type: ignore[abstract]
+    dataset = MetaDataset(source, name=data.NAME, digest=data.DIGEST)  # type: ignore[abstract]
+    values = dict(sorted(config.flat().items(), key=lambda item: item[0] in SOURCES))
+    return runs.Training(EXPERIMENT, values, dataset, TAGS, unnamed=SOURCES)
 
 
 def log_model(config: Params) -> str:

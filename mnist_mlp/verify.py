@@ -47,17 +47,10 @@ def verify_run(model: str) -> proof.Proof:
     run = proof.find(model, champion.advice() if model == registry.uri(record.NAME) else "")
     if mlflow.get_experiment(run.info.experiment_id).name == record.STUDY:
         raise UserError(f"run {run.info.run_id} is one of the study, whose runs `make study-check` proves")
-    return proof.prove_run(
-        run,
-        model,
-        data=data.DIGEST,
-        other_data=champion.OTHER_DATA,
-        data_files=DATA_FILES,
-        history=HISTORY,
-        metrics=METRICS,
-        hash_model=hash_model,
-        tags=list(record.TAGS),
+    project = proof.Project(
+        data.DIGEST, champion.OTHER_DATA, HISTORY, METRICS, hash_model, DATA_FILES, tags=tuple(record.TAGS)
     )
+    return proof.prove_run(run, model, project)
 
 
 def hash_model(uri: str) -> dict[str, str]:

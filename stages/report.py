@@ -11,6 +11,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from scipy import stats
@@ -83,8 +84,6 @@ def describe(
     of_setting = runs[runs[SETTING] == setting]
     reached = int((of_setting["accuracy"] >= target).sum())
     share = stats.binomtest(reached, len(of_setting)).proportion_ci(method="wilson")
-    last = history[history[SETTING] == setting].groupby("seed").last()
-    theirs = dict.fromkeys(FIGURES, math.nan) if published.empty else published.iloc[-1]
     return {
         SETTING: setting,
         "runs": len(of_setting),
@@ -96,15 +95,22 @@ def describe(
             "share": reached / len(of_setting),
             "interval": [share.low, share.high],
         },
-        "last_epoch": {
-            name: {
-                "published": _number(theirs[name]),
-                "median": _number(last[name].median()),
-                "band_90": [_number(last[name].quantile(share)) for share in (0.05, 0.95)],
-                "percentile": _number(stats.percentileofscore(last[name], theirs[name], kind="strict")),
-            }
-            for name in FIGURES
-        },
+        "last_epoch": last_epoch(history[history[SETTING] == setting], published),
+    }
+
+
+def last_epoch(history: pd.DataFrame, published: pd.DataFrame) -> dict[str, Any]:
+    """Say where the tutorial's last figures lie among those of the runs."""
+    last = history.groupby("seed").last()
+    theirs = dict.fromkeys(FIGURES, math.nan) if published.empty else published.iloc[-1]
+    return {
+        name: {
+            "published": _number(theirs[name]),
+            "median": _number(last[name].median()),
+            "band_90": [_number(last[name].quantile(share)) for share in (0.05, 0.95)],
+            "percentile": _number(stats.percentileofscore(last[name], theirs[name], kind="strict")),
+        }
+        for name in FIGURES
     }
 
 
@@ -201,18 +207,7 @@ def dots(runs: pd.DataFrame, published: pd.DataFrame, target: float) -> Figure:
     figure = Figure(figsize=(6, 1.6 + 1.2 * len(settings)), layout="constrained")
     axes = figure.subplots()
     for row, (colour, setting) in enumerate(zip(_colours(len(settings)), settings, strict=True)):
-        of_setting = accuracies[runs[SETTING] == setting].sort_values()
-        columns, counts = np.unique(np.round(of_setting[of_setting >= low] / width), return_counts=True)
-        for column, count in zip(columns, counts, strict=True):
-            heights = row + (np.arange(count) - (count - 1) / 2) * 0.8 / max(8, counts.max())
-            axes.plot(np.full(count, column * width), heights, "o", color=colour, markersize=4)
-        below = of_setting[of_setting < low]
-        labels = [f"{value:.1%}" for value in below]
-        if len(labels) > len(BESIDE):
-            labels = [f"{len(below)} runs, {labels[0]} to {labels[-1]}"]
-        for label, height in zip(labels, row + np.array(BESIDE), strict=False):
-            axes.plot(low, height, "<", color=colour, markersize=5)
-            axes.annotate(label, (low, height), (6, 0), textcoords="offset points", va="center", fontsize=9)
+        _row(axes, accuracies[runs[SETTING] == setting].sort_values(), row, low, width, colour)
     for mark in theirs:
         axes.axvline(mark, color="black", linewidth=1, label="published")
     axes.axvline(target, color="tab:red", linewidth=1, linestyle="--", label="target")
@@ -224,6 +219,21 @@ def dots(runs: pd.DataFrame, published: pd.DataFrame, target: float) -> Figure:
     axes.grid(visible=False, axis="y")
     figure.legend(*axes.get_legend_handles_labels(), frameon=False, fontsize=10, loc="outside lower center", ncols=2)
     return figure
+
+
+def _row(axes: Axes, accuracies: pd.Series, row: int, low: float, width: float, colour: Any) -> None:
+    """Draw the dots of a setting, in columns of a width, and arrows for the runs below the axis."""
+    columns, counts = np.unique(np.round(accuracies[accuracies >= low] / width), return_counts=True)
+    for column, count in zip(columns, counts, strict=True):
+        heights = row + (np.arange(count) - (count - 1) / 2) * 0.8 / max(8, counts.max())
+        axes.plot(np.full(count, column * width), heights, "o", color=colour, markersize=4)
+    below = accuracies[accuracies < low]
+    labels = [f"{value:.1%}" for value in below]
+    if len(labels) > len(BESIDE):
+        labels = [f"{len(below)} runs, {labels[0]} to {labels[-1]}"]
+    for label, height in zip(labels, row + np.array(BESIDE), strict=False):
+        axes.plot(low, height, "<", color=colour, markersize=5)
+        axes.annotate(label, (low, height), (6, 0), textcoords="offset points", va="center", fontsize=9)
 
 
 def _colours(count: int) -> list[Any]:

@@ -16,7 +16,6 @@ from lineage import git, lock, registry, run_command, runs, write
 from mnist_mlp import params, record
 from mnist_mlp.params import Params
 from mnist_mlp.recipe import HISTORY, METRICS, MODEL, PLOTS, data
-from mnist_mlp.recipe.params import SOURCES
 
 TRACKED = Path("results/tracked")  # for DVC: which results this repository's MLflow store has
 # To MLflow. The mean of batches is not among them: it is the last point of test_acc already.
@@ -31,27 +30,17 @@ def main() -> None:
     config = params.load()
     recorded = lock.recorded(config.flat())  # or this ends here: the results are of another state
     metrics = json.loads(METRICS.read_text())
-    run, added = runs.track(
-        record.EXPERIMENT,
-        recorded,
-        record.flat(config),
-        record.dataset(config),
-        record.TAGS,
+    per_digit = {"digit": range(data.CLASSES), "precision": metrics["precision"], "recall": metrics["recall"]}
+    results = runs.Results(
         history=HISTORY,
         model=MODEL,
         log_model=partial(record.log_model, config),
         metrics={name: metrics[name] for name in LOGGED if name in metrics},
-        tables={
-            "per_digit.json": {
-                "digit": list(range(data.CLASSES)),
-                "precision": metrics["precision"],
-                "recall": metrics["recall"],
-            }
-        },
         files={"": [METRICS], "plots": sorted(PLOTS.glob("*.png"))},
         note=record.summary(config, metrics),
-        unnamed=SOURCES,
+        tables={"per_digit.json": per_digit},
     )
+    run, added = runs.track(record.training(config), recorded, results)
     record.publish(record.EXPERIMENT)
     decision = decide(run, config)
     write(TRACKED, run.data.tags[runs.DIGEST] + "\n")

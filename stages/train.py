@@ -10,7 +10,6 @@ from lineage import md5, run_command, runs, write
 from mnist_mlp import params, record
 from mnist_mlp.recipe import HISTORY, MODEL, net, training
 from mnist_mlp.recipe.history import csv_text, rounded
-from mnist_mlp.recipe.params import SOURCES
 
 
 def main() -> None:
@@ -19,7 +18,7 @@ def main() -> None:
     sets = training.load(config)
     model = training.new_model(config)
     history = []
-    with runs.live(record.EXPERIMENT, record.flat(config), record.dataset(config), record.TAGS, SOURCES) as run:
+    with runs.live(record.training(config)) as run:
         epochs = training.train(model, sets, config)
         bar = tqdm(epochs, "train", config.train.epochs, unit="epoch", disable=None, leave=False)
         for epoch, figures in enumerate(bar):

@@ -402,7 +402,7 @@ def test_a_training_goes_on_when_mlflow_is_lost_and_its_run_is_not_finished(
     def refuse() -> None:
         raise MlflowException("away")
 
-    with runs.live(toy.NAME, toy.load_params(), toy.dataset(), {}) as run:
+    with runs.live(runs.Training(toy.NAME, toy.load_params(), toy.dataset())) as run:
         run.send(refuse)
         run.send(mlflow.log_metric, "loss", 1.0)
     assert capsys.readouterr().err == (
@@ -413,7 +413,7 @@ def test_a_training_goes_on_when_mlflow_is_lost_and_its_run_is_not_finished(
 
 
 def test_a_training_that_fails_says_why_in_its_run(repository: Path) -> None:
-    with pytest.raises(ValueError, match="a bug"), runs.live(toy.NAME, toy.load_params(), toy.dataset(), {}):
+    with pytest.raises(ValueError, match="a bug"), runs.live(runs.Training(toy.NAME, toy.load_params(), toy.dataset())):
         raise ValueError("a bug")
     assert (found()[0].info.status, found()[0].data.tags["mlflow.note.content"]) == ("FAILED", "Failed: a bug")
 

@@ -95,51 +95,80 @@ def run_all(configs: Sequence[Params]) -> Iterator[tuple[int, plan.Run]]:
         UserError: there is no scheduler, no fit worker, or a run in which one worker after the other dies.
     """
     expected = fingerprint(configs[0])
-    waiting = deque(range(len(configs)))
-    tasks: dict[str, tuple[Future[Any], int | None]] = {}  # by address of the worker: a run, or None for its check
-    known: set[str] = set()  # addresses of the workers that are there
-    fit: set[str] = set()
-    died: Counter[int | None] = Counter()
     with _client(min(len(configs), max(1, CPU_COUNT // configs[0].train.threads))) as client:
-        folder = _bring_project(client)
-        deadline = time.monotonic() + _patience()
-        while waiting or any(index is not None for _, index in tasks.values()):
-            threads = client.nthreads()  # of each worker that is there now, by address
-            for address in threads.keys() - known:
-                if threads[address] == 1:
-                    tasks[address] = _submit(client, "check_worker", folder, configs[0], address), None
-                else:
-                    _leave_out(address, f"it has {threads[address]} threads, start it with --nthreads 1")
-            known = set(threads)
-            fit &= known
-            for address in tasks.keys() - known:  # another worker repeats the run
-                _, index = tasks.pop(address)
-                died[index] += 1
-                if index is not None:
-                    waiting.appendleft(index)
-                if died[index] >= DEATHS and not (index is None and fit):
-                    raise _deadly(None if index is None else configs[index])
-            if tasks or fit:
-                deadline = time.monotonic() + _patience()
-            elif time.monotonic() > deadline:
-                which = "no worker that can take a run" if threads else "no worker"
-                raise UserError(f"{_where()} has {which}; start one, {GO_ON}")
-            for address in fit - tasks.keys():
-                if waiting:
-                    index = waiting.popleft()
-                    tasks[address] = _submit(client, "run_on_worker", folder, configs[index], address), index
-
-            ended = _done([future for future, _ in tasks.values()])
-            for address, (future, index) in list(tasks.items()):
+        work = _Work(client, configs)
+        while work.waiting or any(index is not None for _, index in work.tasks.values()):
+            work.meet_workers()
+            for address in work.fit - work.tasks.keys():
+                if work.waiting:
+                    run = work.waiting.popleft()
+                    work.tasks[address] = work.submit("run_on_worker", configs[run], address), run
+            ended = _done([future for future, _ in work.tasks.values()])
+            for address, (future, index) in list(work.tasks.items()):
                 if future not in ended:
                     continue
-                del tasks[address]
+                del work.tasks[address]
                 if index is not None:
                     yield index, _result(future, configs[index])
                 elif problem := _difference(future, expected):
                     _leave_out(address, problem)
                 else:
-                    fit.add(address)
+                    work.fit.add(address)
+
+
+class _Work:
+    """Which runs wait, and what each worker does. A worker is known by its address."""
+
+    def __init__(self, client: Client, configs: Sequence[Params]) -> None:
+        self.client, self.configs = client, configs
+        self.folder = _bring_project(client)
+        self.waiting = deque(range(len(configs)))
+        self.tasks: dict[str, tuple[Future[Any], int | None]] = {}  # a run, or None for the check of the worker
+        self.known: set[str] = set()  # the workers that are there
+        self.fit: set[str] = set()  # those that compute the same bytes
+        self.died: Counter[int | None] = Counter()
+        self.deadline = time.monotonic() + _patience()
+
+    def meet_workers(self) -> None:
+        """Have new workers checked, and put the runs of those that are gone at the head of the waiting ones.
+
+        Raises:
+            UserError: there is no fit worker, or workers die one after the other.
+        """
+        threads = self.client.nthreads()  # of each worker that is there now
+        for address in threads.keys() - self.known:
+            if threads[address] == 1:
+                self.tasks[address] = self.submit("check_worker", self.configs[0], address), None
+            else:
+                _leave_out(address, f"it has {threads[address]} threads, start it with --nthreads 1")
+        self.known = set(threads)
+        self.fit &= self.known
+        for address in self.tasks.keys() - self.known:  # another worker repeats the run
+            _, index = self.tasks.pop(address)
+            self.died[index] += 1
+            if index is not None:
+                self.waiting.appendleft(index)
+            if self.died[index] >= DEATHS and not (index is None and self.fit):
+                raise _deadly(None if index is None else self.configs[index])
+        if self.tasks or self.fit:
+            self.deadline = time.monotonic() + _patience()
+        elif time.monotonic() > self.deadline:
+            which = "no worker that can take a run" if threads else "no worker"
+            raise UserError(f"{_where()} has {which}; start one, {GO_ON}")
+
+    def submit(self, task: str, config: Params, worker: str) -> Future[Any]:
+        """Ask a worker for ``check_worker`` or ``run_on_worker``."""
+        folder = self.folder
+
+        def on_worker(content: dict[str, Any]) -> Any:
+            if problem := vars(get_worker().plugins[PLUGIN]).get("problem"):
+                raise problem
+            from mnist_mlp.study import cluster
+
+            return getattr(cluster, task)(folder, content)
+
+        content = config.model_dump(by_alias=True)
+        return self.client.submit(on_worker, content, workers=[worker], allow_other_workers=False, pure=False)
 
 
 @contextmanager
@@ -232,20 +261,6 @@ def _bring_project(client: Client) -> str:
     digest = lineage.md5(archive)
     client.register_plugin(Project())
     return digest
-
-
-def _submit(client: Client, task: str, folder: str, config: Params, worker: str) -> Future[Any]:
-    """Ask a worker for ``check_worker`` or ``run_on_worker``."""
-
-    def on_worker(content: dict[str, Any]) -> Any:
-        if problem := vars(get_worker().plugins[PLUGIN]).get("problem"):
-            raise problem
-        from mnist_mlp.study import cluster
-
-        return getattr(cluster, task)(folder, content)
-
-    content = config.model_dump(by_alias=True)
-    return client.submit(on_worker, content, workers=[worker], allow_other_workers=False, pure=False)
 
 
 def _done(futures: list[Future[Any]]) -> set[Future[Any]]:

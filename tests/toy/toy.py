@@ -38,7 +38,7 @@ def fit() -> None:
     points = pd.read_csv(POINTS)
     slope = offset = 0.0
     history = []
-    with runs.live(NAME, params, dataset(), {}) as run:
+    with runs.live(runs.Training(NAME, params, dataset())) as run:
         for epoch in range(int(str(params["fit.epochs"]))):
             error = slope * points["x"] + offset - points["y"]
             slope -= float(str(params["fit.lr"])) * float((error * points["x"]).mean())
@@ -64,11 +64,9 @@ def track() -> None:
     params = load_params()
     recorded = lock.recorded(params)
     metrics = json.loads(METRICS.read_text())
-    run, added = runs.track(
-        NAME, recorded, params, dataset(), {},
-        history=HISTORY, model=MODEL, log_model=log_model, metrics=metrics, tables={}, files={"": [METRICS]},
-        note=f"{metrics['accuracy']:.0%} of the points are near the line.",
-    )  # fmt: skip
+    note = f"{metrics['accuracy']:.0%} of the points are near the line."
+    results = runs.Results(HISTORY, MODEL, log_model, metrics, {"": [METRICS]}, note)
+    run, added = runs.track(runs.Training(NAME, params, dataset()), recorded, results)
     registry.register(run, NAME, "Lines through points.", ["accuracy"])
     champion = registry.crown(NAME, dataset().digest, ["accuracy"])
     print(f"run {run.info.run_id} {'is now' if added else 'was'} complete; champion {champion and champion.version}")
@@ -76,10 +74,8 @@ def track() -> None:
 
 def prove(model: str) -> proof.Proof:
     """Run again what made a run or a model, and compare."""
-    return proof.prove_run(
-        proof.find(model), model, data=dataset().digest, other_data="other points", data_files=[],
-        history=HISTORY, metrics=METRICS, hash_model=hash_model, tags=[],
-    )  # fmt: skip
+    project = proof.Project(dataset().digest, "other points", HISTORY, METRICS, hash_model)
+    return proof.prove_run(proof.find(model), model, project)
 
 
 def load_params() -> dict[str, object]:
