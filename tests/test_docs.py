@@ -90,6 +90,16 @@ def test_the_figures_of_the_pages_are_those_of_the_results() -> None:
         assert text in PAGES["README.md"]
 
 
+def test_each_promise_in_the_table_has_quick_tests() -> None:
+    rows = re.findall(r"^\| .+ \| `(test_\w+\.py)`: (.+) \|$", PAGES["architecture.md"], re.MULTILINE)
+    assert len(rows) > 10
+    for file, names in rows:
+        blocks = (ROOT / "tests" / file).read_text().split("\n\n\n")
+        for name in re.findall(r"`(\w+)`", names):
+            (block,) = (block for block in blocks if f"\ndef {name}(" in f"\n{block}")
+            assert not re.search(r"^@(full|pytest\.mark\.full)$", block, re.MULTILINE), name
+
+
 def test_every_command_that_is_not_run_stands_in_a_page() -> None:
     commands = {line for page in PAGES.values() for block in blocks(page, "sh") for line in block.splitlines()}
     assert commands >= NOT_RUN.keys()
