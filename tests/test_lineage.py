@@ -336,6 +336,20 @@ def test_an_experiment_of_dvc_is_one_run_of_its_name_also_for_an_equal_state(
     assert len(found()) == 2
 
 
+def test_a_training_of_an_experiment_of_dvc_is_left_to_that_experiment(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Experiments that run at once can train the same model."""
+    monkeypatch.setenv("DVC_EXP_NAME", "tried")
+    toy.fit()
+    monkeypatch.delenv("DVC_EXP_NAME")
+    client().delete_tag(found()[1].info.run_id, runs.DIGEST)
+    toy.track()
+    training, ours = found()
+    assert (training.info.run_name, runs.DIGEST in training.data.tags) == ("tried", False)
+    assert_complete(ours)
+
+
 def test_a_run_whose_commit_is_gone_gets_the_present_one(repository: Path) -> None:
     """As after `git commit --amend`, when Git has cleaned up, or in a colleague's clone."""
     client().set_tag(only().info.run_id, "git.commit", "0" * 40)
@@ -623,6 +637,7 @@ def copies(tmp_path: Path, enter: Callable[[Path], None]) -> Path:
     Path("alone.in").write_text("1")
     project.run(folder, "git", "init", "--quiet")
     project.dvc("init", "--quiet")
+    project.dvc("cache", "dir", "--quiet", str(tmp_path / "cache"))  # shared with the clone in which a proof is run
     project.dvc("repro", "--quiet")
     project.commit(folder)
     return folder
@@ -738,6 +753,9 @@ def test_killed_in_the_middle_of_a_write_a_file_is_as_it_was(tmp_path: Path) -> 
     assert stopping.in_write(tmp_path, "file", signal.SIGKILL, sys.executable, "-c", WRITE) == -signal.SIGKILL
     assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".part")]
     assert (tmp_path / "file").read_text() == "whole"
+    with (tmp_path / "file").open() as reader:
+        lineage.write(tmp_path / "file", "new")
+        assert reader.read() == "whole"  # the new file takes the old one's name, and nothing is written into that
 
 
 @pytest.mark.parametrize(("mount", "reason"), [("size=4k", "No space left on device"), ("ro", "Read-only file system")])
