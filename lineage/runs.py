@@ -68,8 +68,8 @@ class Results(NamedTuple):
         """Hash the model's file."""
         return str(file_md5(str(self.model)))
 
-    def names(self) -> set[str]:
-        """List what such a run has among its files."""
+    def artifacts(self) -> set[str]:
+        """List the artifacts of a run that has these results."""
         stored = {folder or path.name for folder in self.files for path in self.files[folder]}
         return {str(PARAMS), LOCK[0], *self.tables, *stored}
 
@@ -176,7 +176,7 @@ def track(training: Training, recorded: Mapping[str, Any], results: Results) -> 
         with store.lock():  # a second process waits, and then finds the run
             same = store.search(training.experiment, f"tags.`{MODEL}` = '{results.model_md5}'")
             run = _choose(same, digest, training.params)
-            added = run is None or not _is_complete(run, digest, results.names())
+            added = run is None or not _is_complete(run, digest, results.artifacts())
             run = run or _write(training, results)
             identity = run.info.run_id
             if added:

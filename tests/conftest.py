@@ -124,3 +124,23 @@ def enter(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], None]]:
 
     yield go
     mlflow.set_tracking_uri("")
+
+
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """Run a command's ``main`` in this process; give exit status, output and errors."""
+
+    def run(main: Callable[[], object], *arguments: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["command", *arguments])
+        status = 0
+        try:
+            main()
+        except SystemExit as ended:
+            status = int(ended.code or 0)
+        return status, *capsys.readouterr()
+
+    return run

@@ -18,9 +18,10 @@ from PIL import Image, ImageOps
 
 import lineage
 from lineage import UserError, registry, store
-from mnist_mlp import champion, params, predict, record, serve
-from mnist_mlp.recipe import MODEL, data, net
+from mnist_mlp import champion, predict, record, serve
+from mnist_mlp.recipe import data, net
 from tests import project
+from tests.conftest import Call
 from tests.loopback import free_port, running
 
 ROOT = Path(__file__).parents[1]
@@ -31,7 +32,7 @@ OFFLINE = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
 
 class Repository(NamedTuple):
     folder: Path  # with an MLflow store of its own
-    model: net.ImageClassifier  # its champion
+    model: torch.nn.Module  # its champion, as MLflow loads it
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +46,8 @@ def repository(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
         for name in ("MLFLOW_TRACKING_URI", "DVC_ROOT", "DVC_EXP_NAME"):
             patch.delenv(name, raising=False)
         store.connect(record.EXPERIMENT)
-        config = params.load()
-        model = net.mlp(config.model.hidden)
-        net.load_weights(model, MODEL.read_bytes(), str(MODEL))
-        yield Repository(folder, net.ImageClassifier(model.eval(), config.data.mean, config.data.std))
+        copy = tmp_path_factory.mktemp("model")  # MLflow writes a file beside the model that it loads
+        yield Repository(folder, mlflow.pytorch.load_model(registry.uri(record.NAME), dst_path=str(copy)))
 
 
 def crown(alias: str) -> None:
@@ -85,7 +84,7 @@ def assert_serves(url: str, repository: Repository, images: NDArray[np.uint8]) -
     assert status == 200
     with torch.no_grad():
         expected = repository.model(torch.from_numpy(images)).numpy()
-    np.testing.assert_allclose(answer["predictions"], expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(answer["predictions"], expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("count", [1, 7, 300])
@@ -173,7 +172,7 @@ def test_a_client_that_hangs_up_leaves_the_server_as_it_was(
 @pytest.mark.recipe
 def test_pictures_on_disk_are_read_whatever_they_look_like(
     repository: Repository, digits: NDArray[np.uint8], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    call: Call,
 ) -> None:  # fmt: skip
     with torch.no_grad():
         probabilities = repository.model(torch.from_numpy(digits)).numpy()
@@ -200,12 +199,9 @@ def test_pictures_on_disk_are_read_whatever_they_look_like(
         "missing.png": "No such file or directory",
     }
     paths = [*pictures, *wrong]
-    monkeypatch.setattr(sys, "argv", ["predict", *paths])
     monkeypatch.setattr(predict, "CALLER", tmp_path)  # a path starts where the user is
-    with pytest.raises(SystemExit) as ended:
-        predict.main()
-    output, errors = capsys.readouterr()
-    assert ended.value.code == 1
+    status, output, errors = call(predict.main, *paths)
+    assert status == 1
     lines = [line.rpartition(", probability ") for line in output.splitlines()]
     assert [found for found, _, _ in lines] == [
         f"{path}: {probabilities[index].argmax()}" for path, index in zip(paths, sure, strict=False)

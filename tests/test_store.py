@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -166,10 +167,27 @@ def test_a_store_in_memory_is_refused(uri: str, monkeypatch: pytest.MonkeyPatch)
         store.connect("any")
 
 
-def test_a_store_that_was_half_made_is_made_anew(tmp_path: Path, enter: Callable[[Path], None]) -> None:
+def test_what_is_left_of_a_store_that_was_half_made_goes_away(tmp_path: Path, enter: Callable[[Path], None]) -> None:
     """As after a kill in the middle of MLflow's many migrations."""
     enter(tmp_path)
     Path("mlflow.db.part").write_bytes(b"half of it")
     store.connect("any")
     assert Path("mlflow.db").stat().st_size > 400_000
     assert [path.name for path in tmp_path.glob("mlflow.db*")] == ["mlflow.db"]
+
+
+@pytest.mark.full
+def test_a_store_that_was_half_made_is_made_anew(repository: Path) -> None:
+    """The system kills the process when the file of the tables has grown to a third."""
+    database, part = repository / "mlflow.db", repository / "mlflow.db.part"
+    database.unlink()
+    connect = "from lineage import store; store.connect('any')"
+    limit = "signal.signal(signal.SIGXFSZ, signal.SIG_DFL); resource.setrlimit(resource.RLIMIT_FSIZE, (200_000,) * 2)"
+    script = f"import resource, signal; {limit}; {connect}"
+    done = project.run(repository, sys.executable, "-c", script, check=False)
+    assert done.returncode == -signal.SIGXFSZ
+    assert part.exists()
+    assert not database.exists()
+    project.run(repository, sys.executable, "-c", connect)
+    assert database.stat().st_size > 400_000
+    assert not part.exists()

@@ -36,7 +36,7 @@ from mnist_mlp.study import check, cluster, plan, words
 from mnist_mlp.study import record as study_record
 from stages import replicate, report
 from tests import project
-from tests.conftest import Make
+from tests.conftest import Call, Make
 
 ROOT = Path(__file__).parents[1]
 STUDY = ("dvc", "repro", "study/dvc.yaml")
@@ -158,12 +158,14 @@ def test_words_colours_and_published_figures_make_no_run_due(repository: Path) -
 
 def test_no_run_is_trained_twice(repository: Path, inside: Callable[[], str]) -> None:
     """Neither with more seeds, nor with settings of which one is known, nor in a clone, which has only the tables."""
+    before = plan.HISTORY.read_text()
     shutil.rmtree("study/runs")
     project.edit(repository, {"study.seeds": 1})
     assert trained(inside()) == (1, 0)
     project.run(repository, "git", "checkout", "--quiet", ".")
     project.edit(repository, {"study.seeds": SEEDS + 1})
     assert trained(inside()) == (SEEDS + 1, 1)
+    assert plan.HISTORY.read_text().startswith(before)
     project.edit(repository, {"study.vary": {"train.lr": [0.05, project.LR]}, "study.seeds": 2})
     assert trained(inside()) == (4, 2)
     assert [(row["train.lr"], row["seed"]) for row in rows(repository)] == [
@@ -647,18 +649,9 @@ def test_held_out_images_are_the_last_and_no_part_of_the_training(mnist: Path) -
 
 
 def test_study_check_says_identical_or_the_first_difference(
-    repository: Path, inside: Callable[[], str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    repository: Path, inside: Callable[[], str], call: Call
 ) -> None:
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["check", *arguments])
-        status = 0
-        try:
-            check.main()
-        except SystemExit as ended:
-            status = int(str(ended.code))
-        return status, *capsys.readouterr()
-
-    status, output, _ = run()
+    status, output, _ = call(check.main)
     first, last = output.splitlines()
     assert status == 0
     assert re.fullmatch(r"training again: seed \d; seed \d", first)
@@ -666,13 +659,13 @@ def test_study_check_says_identical_or_the_first_difference(
 
     table = repository / plan.HISTORY
     table.write_text(re.sub(r"^(\d,1,.*,)0\.\d+$", r"\g<1>0.123456", table.read_text(), flags=re.MULTILINE))
-    status, output, _ = run("--runs", "1")
+    status, output, _ = call(check.main, "--runs", "1")
     assert status == 1
     assert re.search(r"^different: seed \d: epoch 1: test_acc is 0.123456 in the table, 0\.\d+ here$", output, re.M)
 
     project.edit(repository, {"train.lr": 0.05})
     line = f"study-check: params.yaml: train.lr is 0.05, and the study was made with {project.LR}; run `make study`\n"
-    assert run() == (2, "", line)
+    assert call(check.main) == (2, "", line)
 
 
 def test_study_check_compares_every_figure_and_the_model(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -827,3 +820,15 @@ def test_mlflow_has_one_parent_and_a_child_for_each_run_and_gets_them_once(
         with pytest.raises(UserError, match=f"{path} is not what the study has made; run `make study`"):
             study_record.main()
         (repository / path).write_text(good)
+
+
+@full
+def test_a_damaged_table_is_restored_as_the_line_says(repository: Path) -> None:
+    table = (repository / plan.RUNS).read_text()
+    for path in (plan.SUMMARY, plan.RUNS):
+        (repository / path).write_text("damaged")
+        project.run(repository, *STUDY)  # as `make study` does
+        assert "was complete" in project.run(repository, *TRACK).stdout
+    assert (repository / plan.RUNS).read_text() == table
+    (repository / "mlflow.db").unlink()
+    assert "is now complete" in project.run(repository, *TRACK).stdout

@@ -33,7 +33,8 @@ def elsewhere(tmp_path: Path) -> Path:
 
 def test_a_command_works_from_another_folder_and_leaves_nothing_there(repository: Path, elsewhere: Path) -> None:
     env = project.environment(PYTHONPATH=str(repository))
-    assert "was complete" in project.run(elsewhere, sys.executable, "-m", "stages.track", env=env).stdout
+    (line,) = project.run(elsewhere, sys.executable, "-m", "stages.track", "--news", env=env).stdout.splitlines()
+    assert line.endswith(f"its paths now lead to file://{repository}/mlruns")  # and all is complete: no other news
     assert not list(elsewhere.iterdir())
 
 

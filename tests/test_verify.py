@@ -18,6 +18,7 @@ from mnist_mlp import params, record
 from mnist_mlp import verify as verification
 from mnist_mlp.recipe import MODEL, data, net
 from tests import project
+from tests.conftest import Call
 
 WEIGHTS, PROBABILITIES = "the MD5 of the stored model's weights", "the MD5 of its probabilities for the test images"
 WRONG_DIGITS = r"path: results/plots/wrong_digits.png\n *hash: md5\n *md5: (\w+)"  # in dvc.lock
@@ -32,28 +33,6 @@ def repository(finished: Path, tmp_path: Path) -> Path:
 
 def verify(folder: Path, model: str) -> subprocess.CompletedProcess[str]:
     return project.run(folder, sys.executable, "-m", "mnist_mlp.verify", model, check=False)
-
-
-Answer = Callable[[Path, str], tuple[int, str, str]]
-
-
-@pytest.fixture
-def answer(
-    enter: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Answer:
-    """Verify in this process; give exit status, output and errors."""
-
-    def run(folder: Path, model: str) -> tuple[int, str, str]:
-        enter(folder)
-        monkeypatch.setattr(sys, "argv", ["verify", model])
-        status = 0
-        try:
-            verification.main()
-        except SystemExit as ended:
-            status = int(str(ended.code))
-        return status, *capsys.readouterr()
-
-    return run
 
 
 def files(folder: Path) -> dict[Path, tuple[int, bytes]]:
@@ -89,8 +68,10 @@ def test_a_run_is_proved_with_code_that_is_committed_only_after_it_and_nothing_i
     lock = artifacts / runs.LOCK[0]
     (digest,) = re.findall(WRONG_DIGITS, lock.read_text())
     lock.write_text(lock.read_text().replace(digest, "f" * 32))
+    mlflow.MlflowClient(f"sqlite:///{repository}/mlflow.db").set_tag(new.info.run_id, "torch", "1.0")
     done = verify(repository, new.info.run_id)
     assert done.returncode == 1, done.stderr
+    assert done.stdout.splitlines()[-1] == f"torch is 1.0 in the run, {new.data.tags['torch']} here"
     assert f"results/plots/wrong_digits.png is {'f' * 32} in the run, {digest} here" in done.stdout
 
     with (artifacts / runs.PATCH[0]).open("a") as patch:
@@ -227,7 +208,7 @@ def test_a_model_whose_files_are_lost_is_no_answer_but_advice_that_works(
     ids=["identical", "different", "refused", "error"],
 )
 def test_the_exit_status_says_what_came_of_it(
-    finished: Path, answer: Answer, monkeypatch: pytest.MonkeyPatch, found: Any, expected: tuple[int, str, str]
+    call: Call, monkeypatch: pytest.MonkeyPatch, found: Any, expected: tuple[int, str, str]
 ) -> None:
     def verify_run(_: str) -> proof.Proof:
         if isinstance(found, Exception):
@@ -235,14 +216,14 @@ def test_the_exit_status_says_what_came_of_it(
         return proof.Proof("run 7", found)
 
     monkeypatch.setattr(verification, "verify_run", verify_run)
-    status, output, errors = answer(finished, CHAMPION)
+    status, output, errors = call(verification.main, CHAMPION)
     assert (status, errors) == (expected[0], expected[2])
     assert re.fullmatch(expected[1], output)
 
 
-def test_a_run_of_the_study_is_refused(finished: Path, tmp_path: Path, answer: Answer) -> None:
-    folder = project.copy(finished, tmp_path / "repository")
-    client = mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db")
+def test_a_run_of_the_study_is_refused(repository: Path, enter: Callable[[Path], None], call: Call) -> None:
+    enter(repository)
+    client = mlflow.MlflowClient(f"sqlite:///{repository}/mlflow.db")
     run = client.create_run(client.create_experiment(record.STUDY))
     line = f"verify: run {run.info.run_id} is one of the study, whose runs `make study-check` proves\n"
-    assert answer(folder, run.info.run_id) == (2, "", line)
+    assert call(verification.main, run.info.run_id) == (2, "", line)
