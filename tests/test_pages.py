@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import re
 import zlib
 from collections.abc import Callable
@@ -45,8 +46,9 @@ def table(folder: Path) -> dict[str, Any]:
 
 
 def test_the_address_that_track_prints_opens_a_table_with_numbers_the_best_run_first(finished: Path) -> None:
-    output = (finished / project.OUTPUT).read_text().splitlines()
-    address = output[output.index(f"to see it: cd {finished} && {project.BIN}/mlflow ui") + 1]
+    lead = rf"^to see it: cd {finished} && (\S+/mlflow) ui\n(.+)$"
+    ((program, address),) = re.findall(lead, (finished / project.OUTPUT).read_text(), re.MULTILINE)
+    assert os.access(program, os.X_OK)
     identity = experiment(finished).experiment_id
     assert address == (
         f"http://127.0.0.1:5000/#/experiments/{identity}/runs?workflowType=machine_learning&viewStateShareKey=results"
