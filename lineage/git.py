@@ -5,7 +5,6 @@ import re
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import lineage
 from lineage import UserError, lock
@@ -74,7 +73,8 @@ def changed_files(patch: bytes) -> list[str]:
 def _code(index: dict[str, str] | None = None) -> list[str] | None:
     """List the files that stages depend on, but for results and what Git ignores; None if Git fails."""
     stages = lock.read_stages(Path("dvc.yaml").read_bytes()).values()
-    made = [Path(next(iter(out)) if isinstance(out, dict) else out) for stage in stages for out in _outputs(stage)]
+    outs = [out for stage in stages for kind in ("outs", "metrics", "plots") for out in stage.get(kind, [])]
+    made = [Path(next(iter(out)) if isinstance(out, dict) else out) for out in outs]
     needed = {Path(dependency) for stage in stages for dependency in stage.get("deps", [])}
     inside = [str(path) for path in needed if not path.is_absolute() and ".." not in path.parts]
     listed = run("ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", "dvc.yaml", *inside, env=index)
@@ -83,7 +83,3 @@ def _code(index: dict[str, str] | None = None) -> list[str] | None:
     written = {*made, *(output.parent / ".gitignore" for output in made)}  # by the stages, and by DVC beside them
     files = map(Path, filter(None, listed.stdout.decode(errors="surrogateescape").split("\0")))
     return sorted({str(file) for file in files if written.isdisjoint([file, *file.parents])})
-
-
-def _outputs(stage: dict[str, Any]) -> list[Any]:
-    return [output for kind in ("outs", "metrics", "plots") for output in stage.get(kind, [])]

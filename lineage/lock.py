@@ -90,7 +90,7 @@ def locked_stages(lock: bytes, pipeline: bytes) -> dict[str, Any]:
     return {name: stage for name, stage in read_stages(lock).items() if name in names}
 
 
-def outputs(stages: dict[str, Any]) -> dict[str, str]:
+def results(stages: dict[str, Any]) -> dict[str, str]:
     """Give the MD5 of each result that the stages of a ``dvc.lock`` record, by path; the data are no result."""
     files = [file for stage in stages.values() for file in stage.get("outs", [])]
     return {file["path"]: file["md5"] for file in files if not file["md5"].endswith(".dir")}

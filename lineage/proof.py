@@ -35,7 +35,7 @@ ENVIRONMENT = ("python", "mlflow", "dvc", "cpu")
 NEEDED = ("git.commit", "git.patch.md5", runs.DATA, runs.MODEL, runs.DIGEST)
 FORMS = "models:/NAME@ALIAS, models:/NAME/VERSION, the id of an MLflow run, or a Git revision"
 # The run's settings, not ours: the commit may have set others.
-NOT_PASSED_ON = ("DVC_", "GIT_", "MLFLOW_", "ATEN_", "ONEDNN_", "CUBLAS_")
+NOT_PASSED_ON = ("DVC_", "GIT_", "MLFLOW_", "CUBLAS_")
 
 Values = dict[str, str]  # what is compared, by name; what comes first in a run comes first
 
@@ -70,7 +70,7 @@ def prove_commit(revision: str, data_files: Sequence[Path]) -> Proof:
     name = f"commit {commit[:10]}"
     committed_lock, pipeline = (git.run("show", f"{commit}:{file}") for file in ("dvc.lock", "dvc.yaml"))
     stages = {} if committed_lock.returncode else lock.locked_stages(committed_lock.stdout, pipeline.stdout)
-    expected = _outputs(stages, name)
+    expected = _results(stages, name)
     if forged := _forged(commit, expected):
         return Proof(name, forged)
     print(f"running {name} again", flush=True)
@@ -105,7 +105,7 @@ def prove_run(run: Run, model: str, project: Project) -> Proof:
     origin = f"run {run.info.run_id}, commit {run.data.tags['git.commit'][:10]}"
     print(f"running again: {origin}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        files = _recorded_outputs(run, Path(folder))
+        files = _recorded(run, Path(folder))
         stored = project.hash_model(model if model.startswith("models:/") else _model_uri(run))
         clone = _clone(run.data.tags["git.commit"], Path(folder), project.data_files)
         _put_parameters_and_changes(run, clone)
@@ -226,7 +226,7 @@ def _check(run: Run, project: Project) -> None:
         )
 
 
-def _recorded_outputs(run: Run, folder: Path) -> Values:
+def _recorded(run: Run, folder: Path) -> Values:
     identity = run.info.run_id
     try:
         recorded_lock = runs.download(identity, runs.LOCK, folder)
@@ -234,7 +234,7 @@ def _recorded_outputs(run: Run, folder: Path) -> Values:
         raise UserError(
             f"the files of run {identity} are lost; `make track` makes a run of the present results"
         ) from None
-    return _outputs(lock.read_stages(recorded_lock.read_bytes()), f"run {identity}")
+    return _results(lock.read_stages(recorded_lock.read_bytes()), f"run {identity}")
 
 
 def _logged_epochs(run: Run, names: Sequence[str]) -> Values:
@@ -256,15 +256,15 @@ def _model_uri(run: Run) -> str:
     return f"models:/{runs.model_of(run) or outputs[0].model_id}"
 
 
-def _outputs(stages: dict[str, Any], origin: str) -> Values:
-    outputs = lock.outputs(stages)
-    if not outputs:
+def _results(stages: dict[str, Any], origin: str) -> Values:
+    results = lock.results(stages)
+    if not results:
         raise UserError(f"{origin} has no dvc.lock with results")
-    return outputs
+    return results
 
 
 def _made(clone: Path) -> Values:
-    return lock.outputs(lock.read_stages((clone / lock.LOCK).read_bytes()))
+    return lock.results(lock.read_stages((clone / lock.LOCK).read_bytes()))
 
 
 def _clone(commit: str, folder: Path, data_files: Sequence[Path]) -> Path:

@@ -20,7 +20,7 @@ from lineage import UserError, git, lock, run_command
 from mnist_mlp import params
 from mnist_mlp.params import Params
 from mnist_mlp.published import published_history
-from mnist_mlp.recipe import HAS_AVX2, METRICS, PLOTS, data
+from mnist_mlp.recipe import METRICS, PLOTS, data
 
 
 def main() -> None:
@@ -61,7 +61,7 @@ def compare(config: Params) -> tuple[list[str], bool]:
     if committed_lock is None:
         return ["no results are committed yet; `git add dvc.lock results && git commit` keeps these"], True
     stages = lock.locked_stages(committed_lock, Path("dvc.yaml").read_bytes())
-    committed = lock.outputs(stages)
+    committed = lock.results(stages)
     if missing := [path for path in committed if not Path(path).exists()]:
         return [f"incomplete: {', '.join(missing)} missing; `dvc repro` makes what is missing"], False
     different = [path for path, md5 in committed.items() if lineage.file_md5(path) != md5]
@@ -71,6 +71,8 @@ def compare(config: Params) -> tuple[list[str], bool]:
         except UserError as error:  # such as an edit that nobody has run
             return [f"the committed bytes, but {error}"], False
         lines = ["reproduced: model, history, metrics and plots are the committed bytes"]
+        if versions := _other_versions():
+            lines.append(f"though {versions}")
         same_lock = lock.LOCK.read_bytes() == committed_lock
         if not same_lock:
             lines.append("dvc.lock has changed with parameters or code; commit it together with them")
@@ -78,11 +80,10 @@ def compare(config: Params) -> tuple[list[str], bool]:
     named = ", ".join(different[:3]) + (" ..." if len(different) > 3 else "")
     lines = [f"different: {len(different)} of {len(committed)} files are not the committed ones: {named}"]
     # A stage whose results are all as they were has no part in it, such as `download` with another mirror.
-    to_blame = {name: stage for name, stage in stages.items() if lock.outputs({name: stage}).keys() & {*different}}
+    to_blame = {name: stage for name, stage in stages.items() if lock.results({name: stage}).keys() & {*different}}
     if edits := _edits(config, to_blame, stages) or _edited_results(different):
         return [*lines, *(f"likely reason: {edit}" for edit in edits)], False
-    reason = _other_arithmetic(config)
-    if reason:
+    if reason := _other_arithmetic():
         return [*lines, f"this is expected: {reason}", *_distance()], True
     return [*lines, f"likely reason: {_other_versions() or _other_layers(config)}", *_distance()], False
 
@@ -124,41 +125,42 @@ def _is_in(file: str, paths: Iterable[str]) -> bool:
 
 def _edited_results(different: list[str]) -> list[str]:
     """Name the results that are not those that the present ``dvc.lock`` records, such as a damaged file."""
-    made = lock.outputs(lock.read_stages(lock.LOCK.read_bytes())) if lock.LOCK.exists() else {}
+    made = lock.results(lock.read_stages(lock.LOCK.read_bytes())) if lock.LOCK.exists() else {}
     edited = [path for path in different if lineage.file_md5(path) != made.get(path)]
     return [f"{path} is not what the pipeline has made here; run `dvc repro`" for path in edited]
 
 
-def _other_arithmetic(config: Params) -> str | None:
-    """Say why this machine computes other bytes, if it does."""
-    if config.train.device == "cuda":
-        return "a GPU adds in another order than a CPU"
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return f"a {platform.machine()} processor adds in another order than an x86-64 one"
-    if not HAS_AVX2:
-        return "this processor has no AVX2, or the system does not say so"
+def _other_arithmetic() -> str | None:
+    """Say why this machine computes other bytes, if it does: SGD's need fused multiply-add."""
+    import torch
+
+    if platform.machine().lower() in ("x86_64", "amd64") and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+        return "PyTorch uses no AVX2 here, because the processor has none, or ATEN_CPU_CAPABILITY says so"
     return None
 
 
 def _other_versions() -> str | None:
     locked = dict(re.findall(r"^([a-z0-9-]+)==([^ ;]+)", Path("requirements.txt").read_text(), re.MULTILINE))
-    for name in ("torch", "numpy", "matplotlib"):
-        if (version := importlib.metadata.version(name)) != locked.get(name):
-            return f"{name} is {version}, and requirements.txt has {locked.get(name)}"
-    return None
+    here = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "matplotlib")}
+    other = [f"{name} is {here[name]}, and requirements.txt has {locked.get(name)}" for name in here
+             if here[name].partition("+")[0] != locked.get(name)]  # fmt: skip
+    return "; ".join(other) or None
 
 
 def _other_layers(config: Params) -> str:
     """Name the layers of the net whose bytes are not promised on every processor."""
-    from mnist_mlp.recipe import net
+    from mnist_mlp.recipe import exact, net
 
     model = net.mlp(config.model.hidden)
     owners = {name.rpartition(".")[0] for name in model.state_dict()}  # of weights and other numbers
-    layers = {type(layer) for name, layer in model.named_modules() if name in owners} - {net.Linear}
+    layers = {type(layer) for name, layer in model.named_modules() if name in owners} - {exact.Linear}
     if layers:
         names = ", ".join(sorted(layer.__name__ for layer in layers))
-        return f"{names}: of all layers, only Linear of recipe/net.py has the same bytes on every kind of processor"
-    return "unknown; parameters, code, processor and versions are as they should be. Please report this"
+        return f"{names}: of all layers, only Linear of recipe/exact.py has the same bytes on every kind of processor"
+    return (
+        "unknown; parameters, code and versions are as they should be. Please report this with the names of both "
+        f"machines; this one has the processor {lineage.cpu()} ({platform.machine()})"
+    )
 
 
 def _distance() -> list[str]:

@@ -18,7 +18,7 @@ def main() -> None:
     labels = sets.test.labels
 
     scores, metrics = training.evaluate(model.to(labels.device), sets, config)
-    predicted, probabilities = scores.argmax(1), scores.softmax(1).amax(1)
+    predicted, probabilities = scores.argmax(1), scores.double().softmax(1).amax(1)
     pairs = torch.bincount(labels * data.CLASSES + predicted, minlength=data.CLASSES**2)
     confusion = pairs.reshape(data.CLASSES, data.CLASSES)  # row: actual, column: predicted
     right = confusion.diagonal()

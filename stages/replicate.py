@@ -53,7 +53,7 @@ def main() -> None:
         write(path, table)
 
 
-def tables(config: Params, runs: Sequence[plan.Run]) -> tuple[str, str]:
+def tables(config: Params, runs: Sequence[plan.Outcome]) -> tuple[str, str]:
     """Make runs.csv, one row a run, and history.csv, one row a run and epoch.
 
     Args:
@@ -72,7 +72,7 @@ def tables(config: Params, runs: Sequence[plan.Run]) -> tuple[str, str]:
     return csv_text([*heads[0], *metrics, "model_md5"], rows), csv_text([*heads[0], "epoch", *figures], history)
 
 
-def _mean(runs: dict[str, plan.Run]) -> str:
+def _mean(runs: dict[str, plan.Outcome]) -> str:
     accuracies = [float(run.metrics["accuracy"]) for run in runs.values() if run.metrics]
     return f"mean accuracy {statistics.mean(accuracies):.2%}" if accuracies else "all diverged"
 
@@ -90,20 +90,22 @@ def _dependencies(pipeline: bytes) -> dict[str, str | None]:
     return {path: md5 for path, md5 in files.items() if path != str(data.RAW)}
 
 
-def _keep(key: str, run: plan.Run) -> None:
+def _keep(key: str, run: plan.Outcome) -> None:
     write(KEPT / f"{key}.json", json.dumps(run._asdict()))
 
 
-def _kept(keys: Iterable[str]) -> dict[str, plan.Run]:
+def _kept(keys: Iterable[str]) -> dict[str, plan.Outcome]:
     """Read the runs that earlier calls have kept."""
     found = {}
     for key in keys:
         with suppress(FileNotFoundError, ValueError, TypeError):  # a damaged file is as good as none
-            found[key] = plan.Run(**json.loads((KEPT / f"{key}.json").read_text()))
+            found[key] = plan.Outcome(**json.loads((KEPT / f"{key}.json").read_text()))
     return found
 
 
-def _committed(config: Params, code: dict[str, str | None], fingerprint: str, wanted: Set[str]) -> dict[str, plan.Run]:
+def _committed(
+    config: Params, code: dict[str, str | None], fingerprint: str, wanted: Set[str]
+) -> dict[str, plan.Outcome]:
     """Read the runs in the tables that Git has, if the same code made them and one comes out the same here.
 
     DVC removes the tables themselves before it runs this stage.
@@ -112,7 +114,7 @@ def _committed(config: Params, code: dict[str, str | None], fingerprint: str, wa
     if not committed or _dependencies(committed) != code:
         return {}
     recorded = {"replicate": lock.read_stages(committed)["replicate"]}
-    if lock.outputs(recorded) != {str(path): lineage.md5(table) for path, table in zip(TABLES, texts, strict=True)}:
+    if lock.results(recorded) != {str(path): lineage.md5(table) for path, table in zip(TABLES, texts, strict=True)}:
         return {}
     made_with = {name: value for name, value in lock.parameters(recorded).items() if name in VARIABLE}
     base = config.replaced(made_with)

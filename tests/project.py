@@ -100,7 +100,7 @@ def draw_picture(path: Path) -> None:
 
 def environment(**more: str) -> dict[str, str]:
     """Leave out what a test run of its own, or its caller, may have set."""
-    others = ("DVC_", "MLFLOW_", "ONEDNN_", "ATEN_", "MAKE", "MFLAGS")
+    others = ("DVC_", "MLFLOW_", "ATEN_", "MAKE", "MFLAGS")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(others)}
     return kept | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"} | more
 

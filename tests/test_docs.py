@@ -37,6 +37,8 @@ NOT_RUN = {
     "mlflow server --port 5000 --backend-store-uri postgresql://USER@DBHOST/mlflow --artifacts-destination /srv/mlflow":
         "another machine",
     "uv pip install 'dvc[s3]'": "changes the virtual environment",
+    "pip install uv": "changes the virtual environment",
+    "uv pip install --requirements pyproject.toml": "changes the virtual environment",
     "dvc remote add --local --default store s3://BUCKET/mnist": "S3",
 }  # fmt: skip
 

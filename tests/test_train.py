@@ -1,4 +1,4 @@
-"""The training loop: PyTorch's own, over a layer whose sums have a fixed order."""
+"""The training loop: PyTorch's own, over a layer whose sums are exact."""
 
 import hashlib
 from copy import deepcopy
@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lineage import UserError
 from mnist_mlp import params
-from mnist_mlp.recipe import data, net, training
+from mnist_mlp.recipe import data, exact, net, training
 from tests import textbook
 
 pytestmark = pytest.mark.recipe
@@ -55,24 +55,17 @@ def test_the_net_has_the_tutorials_size_and_pytorchs_initialisation() -> None:
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("onednn", [True, pytest.param(False, marks=full)], ids=["oneDNN", "elsewhere"])
 @pytest.mark.parametrize(
     ("momentum", "weight_decay"), [(0.0, 0.0), pytest.param(0.9, 1e-3, marks=full)], ids=["plain", "momentum"]
 )
 def test_every_step_agrees_with_the_textbook_loop(
-    mnist: Path,
-    train_set: training.Dataset,
-    momentum: float,
-    weight_decay: float,
-    onednn: bool,
-    monkeypatch: pytest.MonkeyPatch,
+    mnist: Path, train_set: training.Dataset, momentum: float, weight_decay: float
 ) -> None:
-    """To float32 rounding, from a common start for every two steps; also with the products that a GPU is given.
+    """To the rounding of a step, from a common start for every two.
 
     Left alone, the two part within a hundred steps: a last bit decides on which side of zero a ReLU's input is, and
     with it whether a whole gradient passes.
     """
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: onednn)
     order = torch.randperm(len(train_set.images))[:2_528]  # the last of 40 batches holds 32
     dataset = textbook.dataset(mnist.parents[1], train=True)
     ours, theirs = mlp([400, 200, 100]), textbook.net()
@@ -86,7 +79,7 @@ def test_every_step_agrees_with_the_textbook_loop(
         their_sgd.load_state_dict(deepcopy(our_sgd.state_dict()))
         expected = textbook.train_epoch(theirs, their_sgd, dataset, chunk.tolist())
         figures = training.train_epoch(ours, our_sgd, train_set, chunk, batch_size=64)
-        np.testing.assert_allclose(figures, np.mean(expected, axis=0), rtol=1e-6)
+        np.testing.assert_allclose(figures, np.mean(expected, axis=0), rtol=1e-4)
 
 
 def test_testing_agrees_with_the_textbook_loop(mnist: Path) -> None:
@@ -104,8 +97,8 @@ def test_testing_agrees_with_the_textbook_loop(mnist: Path) -> None:
 def test_any_other_layers_train_by_the_same_loop(train_set: training.Dataset) -> None:
     torch.manual_seed(42)
     widths = pairwise([784, 64, 32])
-    hidden = [layer for n_in, n_out in widths for layer in (net.Linear(n_in, n_out), nn.LayerNorm(n_out), nn.Tanh())]
-    model = nn.Sequential(*hidden, nn.Dropout(0.1), net.Linear(32, 10, bias=False))
+    hidden = [layer for n_in, n_out in widths for layer in (exact.Linear(n_in, n_out), nn.LayerNorm(n_out), nn.Tanh())]
+    model = nn.Sequential(*hidden, nn.Dropout(0.1), exact.Linear(32, 10, bias=False))
     small = first(train_set, 6_400)
     epochs = list(training.train(model, sets(small, small), recipe(epochs=2)))
     assert epochs[0]["train_acc"] < epochs[1]["train_acc"]
@@ -115,7 +108,7 @@ def test_any_other_layers_train_by_the_same_loop(train_set: training.Dataset) ->
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_layer_takes_and_differentiates_whatever_nn_linear_does(dtype: torch.dtype) -> None:
     """Any number of leading dimensions, none too, with and without bias, and inputs that need no gradient."""
-    ours, theirs = net.Linear(6, 4, dtype=dtype), nn.Linear(6, 4, dtype=dtype)
+    ours, theirs = exact.Linear(6, 4, dtype=dtype), nn.Linear(6, 4, dtype=dtype)
     ours.load_state_dict(theirs.state_dict())
     for shape in [(6,), (5, 6), (2, 3, 6), (0, 6)]:
         inputs = torch.randn(shape, dtype=dtype)
@@ -132,31 +125,13 @@ def test_the_layer_takes_and_differentiates_whatever_nn_linear_does(dtype: torch
                     torch.testing.assert_close(x, y)
 
 
-def chain_of_fused_multiply_adds(a: Tensor, b: Tensor) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
-    """In float64 a product is exact and the sum nearly so: rounded once to float32, as the instruction does."""
-    chain = np.zeros((len(a), len(b)), np.float32)
-    for k in range(a.shape[1]):
-        chain = (np.outer(a[:, k].double(), b[:, k].double()) + chain).astype(np.float32)
-    return chain
-
-
-@pytest.mark.parametrize("inner", [10, 64, 100, 200, 400, 784, 1024])
-def test_an_element_of_a_product_is_one_chain_of_fused_multiply_adds(inner: int) -> None:
-    """An order of summation that no processor, cache or number of threads influences. It holds up to 1024."""
-    generator = torch.Generator().manual_seed(inner)
-    a, b = (torch.randn(rows, inner, generator=generator) for rows in (64, 100))
-    chain = chain_of_fused_multiply_adds(a, b)
-    assert np.array_equal(net._product(a, b).numpy(), chain)
-    assert np.array_equal(net._product(a, b.t().contiguous().t()).numpy(), chain)
-
-
 @pytest.mark.parametrize(
     ("hidden", "batch_size"),
     [
         ([400, 200, 100], 64),
         *(pytest.param(*case, marks=full) for case in (([33, 7], 1000), ([], 1), ([1500], 64), ([16], 5000))),
     ],
-    ids=["recipe", "odd", "no hidden layer", "wider than 1024", "more than 1024 in a batch"],
+    ids=["recipe", "odd", "no hidden layer", "wide", "large batches"],
 )
 def test_any_number_of_threads_gives_the_same_bytes(
     train_set: training.Dataset, hidden: list[int], batch_size: int
@@ -221,4 +196,5 @@ def test_the_exported_model_takes_raw_images_and_runs_on_any_processor(mnist: Pa
     assert torch.allclose(probabilities, model(net.normalise(images, 0.5, 0.5)).softmax(1))
     exported = torch.export.export(classifier, (images,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
     assert torch.allclose(exported.module()(images), probabilities, atol=1e-6)
-    assert "mkldnn" not in str(exported.graph)
+    assert "linear" in str(exported.graph)
+    assert "float64" not in str(exported.graph)

@@ -1,5 +1,6 @@
 """The last lines of `make repro`: are the results the committed ones, and if not, why."""
 
+import importlib.metadata
 import platform
 import shutil
 import subprocess
@@ -7,12 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 
 import lineage
 from mnist_mlp import params, verdict
 from mnist_mlp.published import published_history
-from mnist_mlp.recipe import data, net
+from mnist_mlp.recipe import data, exact, net
 from tests import project
 
 REPRODUCED = "reproduced: model, history, metrics and plots are the committed bytes"
@@ -76,23 +78,44 @@ def test_a_lock_that_is_not_committed_is_named(repository: Path) -> None:
 
 
 @pytest.mark.recipe
-def test_another_processor_is_expected_to_give_other_bytes(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_a_processor_without_fused_multiply_add_is_expected_to_give_other_bytes(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(repository)
     metrics = (repository / "results/metrics.json").read_text()
     before = metrics.split('"accuracy": ')[1].split(",")[0]
     make_other(repository, "results/metrics.json", metrics.replace(before, "0.875", 1).encode())
-    lines, as_expected = verdict.compare(params.load(Path("params.yaml")))
-    assert not as_expected
-    assert lines[1].startswith("likely reason: unknown")
+    config = params.load(Path("params.yaml"))
+    for machine, capability in (("x86_64", "AVX512"), ("aarch64", "DEFAULT")):
+        monkeypatch.setattr(platform, "machine", lambda machine=machine: machine)
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        lines, as_expected = verdict.compare(config)
+        assert not as_expected
+        assert lines[1].startswith("likely reason: unknown")
+        assert f"{lineage.cpu()} ({machine})" in lines[1]
 
-    monkeypatch.setattr(verdict, "HAS_AVX2", False)
-    lines, as_expected = verdict.compare(params.load(Path("params.yaml")))
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    lines, as_expected = verdict.compare(config)
     assert as_expected
-    assert lines[1].startswith("this is expected: this processor has no AVX2")
+    assert lines[1].startswith("this is expected: PyTorch uses no AVX2 here")
     assert f"accuracy is 0.875, committed {before}" in lines
 
-    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
-    assert verdict.compare(params.load(Path("params.yaml")))[0][1].startswith("this is expected: a aarch64 processor")
+
+@pytest.mark.recipe
+def test_other_versions_are_named_whether_the_bytes_differ_or_not(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(repository)
+    config, version = params.load(Path("params.yaml")), importlib.metadata.version
+    here = f"{version('torch').partition('+')[0]}"
+    assert verdict.compare(config) == ([REPRODUCED], True)
+    other = {"torch": "2.9.1+cpu"}
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: other.get(name) or version(name))
+    named = f"torch is 2.9.1+cpu, and requirements.txt has {here}"
+    assert verdict.compare(config) == ([REPRODUCED, f"though {named}"], True)
+    make_other(repository, "results/history.csv", b"another history")
+    assert verdict.compare(config)[0][1] == f"likely reason: {named}"
 
 
 @pytest.mark.recipe
@@ -120,11 +143,11 @@ def test_what_decides_no_byte_is_no_reason(repository: Path) -> None:
 def test_layers_that_have_other_bytes_elsewhere_are_named(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(repository)
     make_other(repository, "results/history.csv", b"another history")
-    layers = nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten(), net.Linear(1352, 10)
+    layers = nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten(), exact.Linear(1352, 10)
     monkeypatch.setattr(net, "mlp", lambda _: nn.Sequential(*layers))
     lines, as_expected = verdict.compare(params.load(Path("params.yaml")))
     assert not as_expected
-    assert lines[1].startswith("likely reason: BatchNorm2d, Conv2d: of all layers, only Linear of recipe/net.py has")
+    assert lines[1].startswith("likely reason: BatchNorm2d, Conv2d: of all layers, only Linear of recipe/exact.py has")
 
 
 def test_code_in_a_folder_that_nobody_has_run_is_not_reproduced(repository: Path) -> None:

@@ -1,4 +1,4 @@
-"""The net, and the arithmetic that gives it the same bytes on every x86-64 processor with AVX2."""
+"""The net: how it is built, what it reads, and how its weights are written."""
 
 import math
 import os
@@ -7,66 +7,10 @@ from itertools import chain, pairwise
 
 import safetensors
 import safetensors.torch
-import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
 
 from lineage import UserError
-from mnist_mlp.recipe import data
-
-
-class Linear(nn.Linear):
-    """``nn.Linear`` with sums in a fixed order: the same bytes for any number of threads.
-
-    Takes (..., in_features) and gives (..., out_features), as ``nn.Linear`` does. On a GPU, without oneDNN, for numbers
-    other than float32, and in an exported graph, which must run anywhere, it *is* ``nn.Linear``.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Compute ``input @ weight.T + bias``."""
-        elsewhere = input.is_cuda or input.dtype != torch.float32 or not torch.backends.mkldnn.is_available()
-        if elsewhere or torch.compiler.is_exporting():
-            return super().forward(input)
-        if input.dim() != 2:
-            return self.forward(input.reshape(-1, self.in_features)).reshape(*input.shape[:-1], self.out_features)
-        if not len(input):  # oneDNN takes no empty batch
-            return super().forward(input)
-        output: Tensor = _FixedOrder.apply(input, self.weight, self.bias)
-        return output
-
-
-class _FixedOrder(torch.autograd.Function):
-    """The product of a linear layer and the two products of its gradients, each by ``_product``."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(input, weight)
-        return _product(input, weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        input, weight = ctx.saved_tensors  # type: ignore[attr-defined]
-        needs_input, needs_weight, needs_bias = ctx.needs_input_grad  # type: ignore[attr-defined]
-        return (
-            _product(gradient, weight.t()) if needs_input else None,
-            _product(gradient.t(), input.t()) if needs_weight else None,
-            gradient.sum(0) if needs_bias else None,
-        )
-
-
-def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Compute ``a @ b.T + bias``, (N, K) by (M, K) to (N, M), with sums in a fixed order.
-
-    On a CPU, PyTorch leaves matrix products to Intel's MKL. MKL chooses its kernels by the maker of the processor and
-    by the number of threads. Each kernel adds in its own order, so the last bits differ. PyTorch also ships oneDNN,
-    which does not look at the maker. Limited to AVX2 (see __init__.py), it computes each element of a product
-    as one chain of fused multiply-adds along the inner dimension K, if K is at most 1024. Above 1024 it splits the
-    chain into parts. The number of threads has no influence in either case. ``mkldnn::_linear_pointwise`` is the
-    operator by which ``torch.compile`` calls oneDNN.
-    """
-    product: Tensor = torch.ops.mkldnn._linear_pointwise.default(a, b, bias, "none", [], "")
-    return product
+from mnist_mlp.recipe import data, exact
 
 
 def mlp(hidden: Sequence[int]) -> nn.Sequential:
@@ -85,7 +29,7 @@ def mlp(hidden: Sequence[int]) -> nn.Sequential:
             f"params.yaml: model.hidden {list(hidden)} needs at least {needed / 1e9:.0f} GB of memory, "
             f"and this machine has {memory / 1e9:.0f} GB; lower the widths"
         )
-    layers = [(Linear(n_in, n_out), nn.ReLU()) for n_in, n_out in pairwise(widths)]
+    layers = [(exact.Linear(n_in, n_out), nn.ReLU()) for n_in, n_out in pairwise(widths)]
     return nn.Sequential(*chain(*layers))[:-1]
 
 

@@ -12,10 +12,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from lineage import HERE, UserError
-from mnist_mlp.recipe import data, net
+from mnist_mlp.recipe import data, exact, net
 from mnist_mlp.recipe.params import Recipe
 
 DIVERGED = 1000.0  # a loss above this never comes back; it may become finite again, with every ReLU dead
@@ -65,8 +64,8 @@ def load(config: Recipe, raw: Path = HERE / data.RAW) -> Sets:
 def _load(split: data.Split, raw: Path, mean: float, std: float, device: str) -> Dataset:
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("params.yaml: train.device is 'cuda', but PyTorch finds no usable GPU here; set it to cpu")
-    images, labels = (torch.from_numpy(array).to(device) for array in data.load(split, raw))
-    return Dataset(net.normalise(images, mean, std), labels.long())
+    images, labels = (torch.from_numpy(array) for array in data.load(split, raw))
+    return Dataset(net.normalise(images, mean, std).to(device), labels.long().to(device))  # a GPU divides otherwise
 
 
 def new_model(config: Recipe) -> nn.Module:
@@ -134,7 +133,7 @@ def train_epoch(
     for batch in order.to(dataset.labels.device).split(batch_size):
         labels = dataset.labels[batch]
         scores = model(dataset.images.index_select(0, batch))  # faster than images[batch]
-        loss = functional.cross_entropy(scores, labels)
+        loss = exact.cross_entropy(scores, labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -172,7 +171,7 @@ def batch_means(scores: Tensor, labels: Tensor, batch_size: int) -> tuple[float,
         FloatingPointError: the loss of a batch is above ``DIVERGED`` or NaN.
     """
     batches = list(zip(scores.split(batch_size), labels.split(batch_size), strict=True))
-    losses = [_checked(functional.cross_entropy(batch, label)) for batch, label in batches]
+    losses = [_checked(exact.cross_entropy(batch, label)) for batch, label in batches]
     accuracies = [_accuracy(batch, label) for batch, label in batches]
     return sum(losses) / len(batches), sum(accuracies) / len(batches)
 
@@ -189,7 +188,7 @@ def evaluate(model: nn.Module, sets: Sets, config: Recipe) -> tuple[Tensor, dict
     metrics = {
         "accuracy": _accuracy(scores, sets.test.labels),
         "batch_mean_accuracy": batch_means(scores, sets.test.labels, config.evaluate.batch_size)[1],
-        "loss": functional.cross_entropy(scores.double(), sets.test.labels).item(),
+        "loss": exact.cross_entropy(scores, sets.test.labels).item(),
     }
     if config.data.validation:
         held_out = score(model, sets.validation.images, config.evaluate.batch_size)

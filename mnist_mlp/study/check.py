@@ -32,7 +32,7 @@ def main() -> None:
     print(f"identical: {'; '.join(plan.label(row) for row, _ in drawn)}: every figure and the model's MD5")
 
 
-def draw(config: Params, count: int) -> list[tuple[plan.Row, plan.Run]]:
+def draw(config: Params, count: int) -> list[tuple[plan.Row, plan.Outcome]]:
     """Draw runs from the tables.
 
     Raises:
@@ -48,7 +48,7 @@ def draw(config: Params, count: int) -> list[tuple[plan.Row, plan.Run]]:
     return random.sample(runs, count)
 
 
-def check(config: Params, drawn: list[tuple[plan.Row, plan.Run]]) -> list[str]:
+def check(config: Params, drawn: list[tuple[plan.Row, plan.Outcome]]) -> list[str]:
     """Train the runs again; give a line for each that comes out different, on its first difference."""
     print(f"training again: {'; '.join(plan.label(row) for row, _ in drawn)}", flush=True)
     differences = {}
@@ -60,14 +60,14 @@ def check(config: Params, drawn: list[tuple[plan.Row, plan.Run]]) -> list[str]:
     return [differences[index] for index in sorted(differences)]
 
 
-def first_difference(recorded: plan.Run, again: plan.Run) -> str:
+def first_difference(recorded: plan.Outcome, again: plan.Outcome) -> str:
     """Name the first figure that differs; the epochs come before what the trained model gives."""
     theirs, ours = _figures(recorded), _figures(again)
     key = next(key for key in theirs | ours if theirs.get(key) != ours.get(key))
     return f"{key} is {theirs.get(key, 'missing')} in the table, {ours.get(key, 'missing')} here"
 
 
-def _figures(run: plan.Run) -> plan.Row:
+def _figures(run: plan.Outcome) -> plan.Row:
     epochs = {
         f"epoch {epoch}: {figure}": value for epoch, row in enumerate(run.history) for figure, value in row.items()
     }

@@ -57,7 +57,7 @@ SPEED = {
 }
 
 
-def train_run(config: Params, raw: Path = data.RAW) -> plan.Run:
+def train_run(config: Params, raw: Path = data.RAW) -> plan.Outcome:
     """Train and evaluate one net. It gives the bytes that stages ``train`` and ``evaluate`` give."""
     sets, model = training.load(config, raw), training.new_model(config)
     history = []
@@ -65,9 +65,9 @@ def train_run(config: Params, raw: Path = data.RAW) -> plan.Run:
         for figures in training.train(model, sets, config):
             history.append(rounded(figures))
     except training.DivergedError:
-        return plan.Run({}, "", history)
+        return plan.Outcome({}, "", history)
     metrics = rounded(training.evaluate(model, sets, config)[1])
-    return plan.Run(metrics, lineage.md5(net.save_weights(model)), history)
+    return plan.Outcome(metrics, lineage.md5(net.save_weights(model)), history)
 
 
 def fingerprint(config: Params, raw: Path = data.RAW) -> str:
@@ -79,10 +79,10 @@ def fingerprint(config: Params, raw: Path = data.RAW) -> str:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     order = torch.arange(min(640, len(dataset.labels)))
     figures = training.train_epoch(model, optimizer, dataset, order, batch_size=64)
-    return lineage.md5(repr(figures).encode() + net.save_weights(model))
+    return lineage.md5(" ".join(f"{figure:.6f}" for figure in figures).encode() + net.save_weights(model))
 
 
-def run_all(configs: Sequence[Params]) -> Iterator[tuple[int, plan.Run]]:
+def run_all(configs: Sequence[Params]) -> Iterator[tuple[int, plan.Outcome]]:
     """Train every run, on as many workers as there are.
 
     Args:
@@ -274,9 +274,9 @@ def _done(futures: list[Future[Any]]) -> set[Future[Any]]:
         return set()
 
 
-def _result(future: Future[Any], config: Params) -> plan.Run:
+def _result(future: Future[Any], config: Params) -> plan.Outcome:
     try:
-        return plan.Run(*future.result())
+        return plan.Outcome(*future.result())
     except KilledWorker:  # Dask's own count, of a worker that dies and comes back at the same address
         raise _deadly(config) from None
 

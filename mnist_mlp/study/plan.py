@@ -21,7 +21,7 @@ METRICS = ("accuracy", "batch_mean_accuracy", "loss")  # and validation_accuracy
 Row = dict[str, str]  # of a table, by column
 
 
-class Run(NamedTuple):
+class Outcome(NamedTuple):
     """What one training gives, as the tables have it: six decimals. If it diverged, it has no metrics and no model."""
 
     metrics: Row
@@ -82,7 +82,7 @@ def check_parameters(config: Params) -> None:
             raise UserError(f"params.yaml: {key} is {now}, and the study was made with {before}; run `make study`")
 
 
-def read(runs: str, history: str) -> list[tuple[Row, Run]]:
+def read(runs: str, history: str) -> list[tuple[Row, Outcome]]:
     """Read the two tables: for each run its varied parameters and seed, and what it gave."""
     epochs: dict[tuple[str, ...], list[Row]] = {}
     for row in csv.DictReader(history.splitlines()):
@@ -93,7 +93,7 @@ def read(runs: str, history: str) -> list[tuple[Row, Run]]:
     for row in csv.DictReader(runs.splitlines()):
         member = {name: row.pop(name) for name in [*varied(row), "seed"]}
         md5 = row.pop("model_md5")
-        found.append((member, Run(_filled(row), md5, epochs.get(tuple(member.values()), []))))
+        found.append((member, Outcome(_filled(row), md5, epochs.get(tuple(member.values()), []))))
     return found
 
 

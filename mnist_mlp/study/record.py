@@ -68,12 +68,12 @@ def track(config: Params) -> tuple[str, str]:
 
 
 def _check_files(stages: dict[str, Any]) -> None:
-    for path, md5 in lock.outputs(stages).items():
+    for path, md5 in lock.results(stages).items():
         if lineage.file_md5(path) != md5:
             raise UserError(f"{path} is not what the study has made; run `make study`")
 
 
-def _write(config: Params, digest: str, trained: list[tuple[plan.Row, plan.Run]]) -> str:
+def _write(config: Params, digest: str, trained: list[tuple[plan.Row, plan.Outcome]]) -> str:
     """Write the parent and a child for each run, in three requests a child."""
     client, patch = mlflow.MlflowClient(), git.patch()
     name = f"study of {len(trained)}, {git.commit()[:7]}{'' if patch == b'' else '+'}"
