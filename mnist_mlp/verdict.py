@@ -131,7 +131,7 @@ def _edited_results(different: list[str]) -> list[str]:
 
 
 def _other_arithmetic() -> str | None:
-    """Say why this machine computes other bytes, if it does: SGD's need fused multiply-add."""
+    """Say why this machine computes other bytes, if it does: SGD has the same ones with fused multiply-add only."""
     import torch
 
     if platform.machine().lower() in ("x86_64", "amd64") and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
@@ -142,9 +142,8 @@ def _other_arithmetic() -> str | None:
 def _other_versions() -> str | None:
     locked = dict(re.findall(r"^([a-z0-9-]+)==([^ ;]+)", Path("requirements.txt").read_text(), re.MULTILINE))
     here = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "matplotlib")}
-    other = [f"{name} is {here[name]}, and requirements.txt has {locked.get(name)}" for name in here
-             if here[name].partition("+")[0] != locked.get(name)]  # fmt: skip
-    return "; ".join(other) or None
+    other = [name for name, version in here.items() if version.partition("+")[0] != locked.get(name)]
+    return "; ".join(f"{name} is {here[name]}, and requirements.txt has {locked.get(name)}" for name in other) or None
 
 
 def _other_layers(config: Params) -> str:
