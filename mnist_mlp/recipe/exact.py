@@ -34,7 +34,7 @@ class Linear(nn.Linear):
         input, weight = _rounded(input, bits, each_row=not training), _rounded(self.weight, bits)
         # The bias comes after the sum: BLAS would start from it. The sign of a sum of zeros depends on the order, so
         # 0.0 is added, which makes it +.
-        output = input @ weight.t() + (0.0 if self.bias is None else self.bias.double())
+        output = input.double() @ weight.double().t() + (0.0 if self.bias is None else self.bias.double())
         if output.requires_grad:  # the three gradients are sums, too
             output.register_hook(lambda gradient: _rounded(gradient, bits))
         if weight.requires_grad:
@@ -43,7 +43,7 @@ class Linear(nn.Linear):
 
 
 def _rounded(values: Tensor, bits: int, each_row: bool = False) -> Tensor:
-    """Round numbers to multiples of one unit, of which the largest has at most ``2 ** bits``; give them in float64.
+    """Round numbers to multiples of one unit, of which the largest has at most ``2 ** bits``.
 
     ``values + shift`` lies between a power of two and twice that, where the last bit of all numbers is the unit. The
     processor rounds the sum to it; taking ``shift`` away again is exact.
@@ -53,11 +53,13 @@ def _rounded(values: Tensor, bits: int, each_row: bool = False) -> Tensor:
         bits: at most 22. A product of two then has at most 44, and float64 holds sums of 53.
         each_row: each row along the last dimension has its own unit.
     """
-    low, high = values.detach().aminmax(dim=-1 if each_row else None, keepdim=True)
-    exponents = [math.frexp(largest)[1] for largest in torch.maximum(-low, high).flatten().tolist()]
+    low, high = values.detach().aminmax(dim=-1 if each_row else None, keepdim=each_row)
+    largest = torch.maximum(-low, high)
     last_bit = torch.finfo(values.dtype).eps
-    shift = values.new_tensor([1.5 * 2.0 ** (exponent - bits) / last_bit for exponent in exponents]).reshape(low.shape)
-    return (values + shift).sub_(shift).double()
+    shifts = [1.5 * 2.0 ** (math.frexp(number)[1] - bits) / last_bit for number in largest.flatten().tolist()]
+    # A number is faster than a tensor of one.
+    shift = values.new_tensor(shifts).reshape(largest.shape) if each_row else shifts[0]
+    return (values + shift).sub_(shift)
 
 
 def cross_entropy(scores: Tensor, labels: Tensor) -> Tensor:
