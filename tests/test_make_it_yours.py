@@ -140,7 +140,7 @@ def walk(folder: Path, mirror: Path) -> None:
         folder,
         "params.yaml",
         ("target_accuracy: 0.977", "target_accuracy: 0.8"),
-        ("seeds: 50", "seeds: 2"),
+        ("seeds: 100", "seeds: 2"),
         ("epochs: 20", "epochs: 10"),
     )
     edit(folder, "tests/project.py", ('"train.batch_size": 250', '"train.batch_size": 50'))
