@@ -124,7 +124,7 @@ def live(training: Training) -> Iterator[LiveRun]:
             tags |= {**provenance(patch), **training.tags}
             run.id = mlflow.start_run(run_name=run_name(training, patch), tags=tags).info.run_id
             mlflow.log_params(dict(training.params))
-            mlflow.log_input(training.dataset, context="training")
+            _log_dataset(training.dataset)
             mlflow.log_artifact(str(PARAMS))
         except (MlflowException, OSError) as error:
             run.lost = True
@@ -140,6 +140,19 @@ def live(training: Training) -> Iterator[LiveRun]:
         raise
     finally:
         run.end(status, note)
+
+
+def _log_dataset(dataset: Dataset) -> None:
+    """Give the active run its data set.
+
+    MLflow looks whether its store has the data set, and then adds it. Of two first runs at once it refuses the second.
+    """
+    try:
+        mlflow.log_input(dataset, context="training")
+    except MlflowException as error:
+        if error.error_code != "BAD_REQUEST":
+            raise
+        mlflow.log_input(dataset, context="training")  # by now it is there
 
 
 def _end_killed_runs(experiment: str) -> None:

@@ -11,6 +11,7 @@ import signal
 import sqlite3
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -439,6 +440,26 @@ def test_a_database_that_refuses_is_one_line_and_the_run_has_failed(repository: 
     with pytest.raises(UserError, match=r"^MLflow refuses: \(sqlite3.OperationalError\) no such table: main.away$"):
         toy.fit()
     assert found()[0].info.status == "FAILED"
+
+
+def test_two_first_runs_at_once_are_both_kept(without_store: Path) -> None:
+    """MLflow refuses to add a data set that another run has added since this one looked."""
+    added = []
+
+    def overtake(_: object, __: object, statement: str, values: tuple[object, ...], *more: object) -> None:
+        if statement.startswith("INSERT INTO datasets") and not added:
+            added.append(values)
+            with closing(sqlite3.connect("mlflow.db")) as database, database:
+                database.execute(statement, values)
+
+    event.listen(engine.Engine, "before_cursor_execute", overtake)
+    toy.fit()
+    event.remove(engine.Engine, "before_cursor_execute", overtake)
+    assert added
+    assert only().info.status == "FINISHED"
+    inputs = only().inputs
+    assert inputs
+    assert inputs.dataset_inputs[0].dataset.digest == toy.dataset().digest
 
 
 @pytest.mark.parametrize("table", ["params", "metrics"])
