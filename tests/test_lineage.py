@@ -444,7 +444,7 @@ def test_a_database_that_refuses_is_one_line_and_the_run_has_failed(repository: 
 
 def test_two_first_runs_at_once_are_both_kept(without_store: Path) -> None:
     """MLflow refuses to add a data set that another run has added since this one looked."""
-    added = []
+    added: list[object] = []
 
     def overtake(_: object, __: object, statement: str, values: tuple[object, ...], *more: object) -> None:
         if statement.startswith("INSERT INTO datasets") and not added:

@@ -193,7 +193,7 @@ def test_pictures_on_disk_are_read_whatever_they_look_like(
     (tmp_path / "cut short.png").write_bytes((tmp_path / "large.jpg").read_bytes()[:1000])
 
     wrong = {
-        "blank.png": "a blank picture: nothing on it stands out from its border",
+        "blank.png": "a blank picture: nothing on it stands out from the paper",
         "not a picture.png": "not a picture that Pillow can read",
         "cut short.png": "not a whole picture: image file is truncated",
         "missing.png": "No such file or directory",
