@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from lineage import UserError, lock, run_command
@@ -44,18 +43,20 @@ def read(table: Path) -> NDArray[np.void]:
 
 
 def curves(name: str, ours: NDArray[np.void], published: list[dict[str, float]]) -> Figure:
-    """Draw one figure of the history over the epochs, titled as in the tutorial: 'train loss' for ``train_loss``."""
+    """Draw one figure of the history over the epochs, ours and the tutorial's."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
+    epochs = [row["epoch"] for row in published]
     if published:
-        epochs, values = ([row[column] for row in published] for column in ("epoch", name))
-        axes.plot(epochs, values, "o-", color="tab:gray", markersize=4, label="published")
-    axes.plot(ours["epoch"], ours[name], "o-", color="tab:blue", markersize=4, linewidth=2, label="ours")
+        values = [row[name] for row in published]
+        axes.plot(epochs, values, "o-", color=pictures.PUBLISHED, markersize=3, linewidth=1, label="published")
+    axes.plot(ours["epoch"], ours[name], "o-", color=pictures.OURS, markersize=4, linewidth=2, label="ours")
     held_out = name.replace("test", "val")
     if held_out != name and held_out in (ours.dtype.names or ()):
-        axes.plot(ours["epoch"], ours[held_out], "o:", color="tab:orange", markersize=4, label="ours, validation")
-    axes.set(title=name.replace("_", " "), xlabel="epoch")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        colour = pictures.VERMILLION
+        axes.plot(ours["epoch"], ours[held_out], "o:", color=colour, markersize=4, label="ours, validation")
+    pictures.over_epochs(axes, name, int(max([*ours["epoch"], *epochs])))
+    axes.set_title(axes.get_title() + (", ours and the tutorial's" if published else ""))
     axes.legend(frameon=False)
     return figure
 
@@ -104,7 +105,8 @@ def wrong_digits(images: NDArray[np.uint8], predictions: NDArray[np.void], count
     for axes, index in zip(grid.flat, worst, strict=False):
         axes.imshow(images[index], cmap="gray_r")
         actual, predicted, probability = predictions[index].item()
-        axes.set_title(f"{actual:.0f} taken for {predicted:.0f}\n{probability:.2%}", fontsize=9)
+        sure = f"{100 * probability:.2f} %" if probability < 0.99995 else "> 99.99 %"  # no net is sure
+        axes.set_title(f"{actual:.0f} taken for {predicted:.0f}\n{sure}", fontsize=9)
     return figure
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator
 from scipy import stats
 
 from lineage import run_command, write
@@ -28,7 +28,7 @@ ONLY = "the recipe"  # its value where nothing varies
 ENOUGH = 6  # runs, for an interval of their mean
 ACCURACIES = ["accuracy", "validation_accuracy"]
 BESIDE = (-0.25, 0.25, -0.45, 0.45)  # where arrows stand beside a row of dots, in rows
-BANDS = {0.9: 0.2, 0.5: 0.4}  # the share of the runs that a band holds, and its opacity
+BANDS = [(0.9, 0.2), (0.5, 0.5)]  # the share of the runs that a band holds, and how much of the colour it has
 
 
 @pictures.styled
@@ -46,12 +46,11 @@ def main() -> None:
         summary["comparison"] = compare(runs)
     write(plan.SUMMARY, json.dumps(summary, indent=2) + "\n")
 
-    for name in FIGURES:
-        pictures.save(curves(history, published, name, settings), plan.PLOTS / f"{name}.png", config.plot.dpi)
+    pictures.save(curves(runs, history, published), plan.PLOTS / "curves.png", config.plot.dpi)
     pictures.save(dots(runs, published, target), plan.PLOTS / "accuracy.png", config.plot.dpi)
 
     name, outcome = study_record.track(config)
-    print(f"{plan.SUMMARY} and {len(FIGURES) + 1} plots; MLflow: {name} {outcome}")
+    print(f"{plan.SUMMARY} and two plots; MLflow: {name} {outcome}")
 
 
 def read(path: Any) -> pd.DataFrame:
@@ -162,30 +161,42 @@ def _number(value: float) -> float | None:
     return None if math.isnan(value) else round(float(value), 6)
 
 
-def curves(history: pd.DataFrame, published: pd.DataFrame, name: str, settings: list[str]) -> Figure:
-    """Draw one figure over the epochs: for each setting the median and two bands, and the tutorial's curve on top."""
-    many = len(settings) > 1
-    figure = Figure(figsize=(6, 4 + 0.25 * len(settings) * many), layout="constrained")
-    axes = figure.subplots()
-    for colour, setting in zip(_colours(len(settings)), settings, strict=True):
-        epochs = history[history[SETTING] == setting].groupby("epoch")[name]
-        for share, opacity in BANDS.items():
-            low, high = (epochs.quantile(0.5 + sign * share / 2) for sign in (-1, 1))
-            label = None if many else f"{share:.0%} of the runs"
-            axes.fill_between(low.index, low, high, color=colour, alpha=opacity, linewidth=0, label=label)
-        median = epochs.median()
-        axes.plot(median.index, median, color=colour, linewidth=2, label="median" if setting == ONLY else setting)
-    if not published.empty:
-        axes.plot("epoch", name, "o-", data=published, color="black", markersize=3, linewidth=1, label="published")
-    axes.set(title=name.replace("_", " "), xlabel="epoch")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if name.endswith("acc"):
-        axes.yaxis.set_major_formatter(PercentFormatter(1))
-    if many:
-        figure.legend(frameon=False, fontsize=10, loc="outside lower center")
-    else:
-        axes.legend(frameon=False, fontsize=10)
+def curves(runs: pd.DataFrame, history: pd.DataFrame, published: pd.DataFrame) -> Figure:
+    """Draw the tutorial's four plots: for each setting the median and bands that hold runs, and the tutorial's curve.
+
+    With more than two settings there is only the band of half of the runs.
+    """
+    settings = list(runs[SETTING].unique())
+    bands = BANDS if len(settings) <= 2 else BANDS[1:]
+    figure = Figure(figsize=(8.36, 6.4 + 0.25 * len(settings)), layout="constrained")
+    for axes, name in zip(figure.subplots(2, 2).flat, FIGURES, strict=True):
+        groups = [history[history[SETTING] == setting].groupby("epoch")[name] for setting in settings]
+        colours = _colours(len(settings))
+        for share, strength in bands:
+            for colour, epochs in zip(colours, groups, strict=True):
+                low, high = (epochs.quantile(0.5 + sign * share / 2) for sign in (-1, 1))
+                paler = 1 - strength * (1 - np.array(mpl.colors.to_rgb(colour)))  # opaque, so that the legend is true
+                label = f"{100 * share:.0f} % of the runs" if settings == [ONLY] else None
+                axes.fill_between(low.index, low, high, color=paler, linewidth=0, label=label)
+        for colour, epochs, setting in zip(colours, groups, settings, strict=True):
+            median = epochs.median()
+            axes.plot(median.index, median, color=colour, linewidth=2, label="median" if setting == ONLY else setting)
+        if not published.empty:
+            colour = pictures.PUBLISHED
+            axes.plot("epoch", name, "o-", data=published, color=colour, markersize=3, linewidth=1, label="published")
+        pictures.over_epochs(axes, name, int(max([0, *history["epoch"], *published["epoch"]])))
+    title = _title("curves", runs, published)
+    if settings != [ONLY]:
+        title += f"; bands: {' and '.join(f'{100 * share:.0f} %' for share, _ in bands)} of the runs"
+    figure.suptitle(title)
+    legend = axes.get_legend_handles_labels()
+    figure.legend(*legend, frameon=False, fontsize=11, loc="outside lower center", ncols=4 if settings == [ONLY] else 1)
     return figure
+
+
+def _title(what: str, runs: pd.DataFrame, published: pd.DataFrame) -> str:
+    theirs = "" if published.empty else ", and the tutorial's"
+    return f"{what} of {runs['seed'].nunique()} seeds{theirs}"
 
 
 def dots(runs: pd.DataFrame, published: pd.DataFrame, target: float) -> Figure:
@@ -204,18 +215,20 @@ def dots(runs: pd.DataFrame, published: pd.DataFrame, target: float) -> Figure:
     low -= 0.06 * (high - low or 0.01)
     width = (high - low) / 60
 
-    figure = Figure(figsize=(6, 1.6 + 1.2 * len(settings)), layout="constrained")
+    figure = Figure(figsize=(8.36, 2 + 1.2 * len(settings)), layout="constrained")
     axes = figure.subplots()
     for row, (colour, setting) in enumerate(zip(_colours(len(settings)), settings, strict=True)):
         _row(axes, accuracies[runs[SETTING] == setting].sort_values(), row, low, width, colour)
     for mark in theirs:
-        axes.axvline(mark, color="black", linewidth=1, label="published")
-    axes.axvline(target, color="tab:red", linewidth=1, linestyle="--", label="target")
-    figure.suptitle("test accuracy after the last epoch")
+        axes.axvline(mark, color=pictures.PUBLISHED, linewidth=1, label="published")
+    axes.axvline(target, color=pictures.TARGET, linewidth=1, linestyle="--", label="target")
+    figure.suptitle(_title("test accuracy", runs, published))
+    axes.set_xlabel("mean over batches after the last epoch", fontsize=11)
     axes.set(yticks=range(len(settings)), ylim=(len(settings) - 0.4, -0.6))
     lines = [re.sub(r", (?=[a-z]+\.)", "\n", setting) for setting in settings]  # one for each varied parameter
     axes.set_yticklabels([f"{len(runs)} runs"] if lines == [ONLY] else lines, fontsize=10)
-    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=1))
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    pictures.percent(axes.xaxis)
     axes.grid(visible=False, axis="y")
     figure.legend(*axes.get_legend_handles_labels(), frameon=False, fontsize=10, loc="outside lower center", ncols=2)
     return figure
@@ -228,16 +241,18 @@ def _row(axes: Axes, accuracies: pd.Series, row: int, low: float, width: float, 
         heights = row + (np.arange(count) - (count - 1) / 2) * 0.8 / max(8, counts.max())
         axes.plot(np.full(count, column * width), heights, "o", color=colour, markersize=4)
     below = accuracies[accuracies < low]
-    labels = [f"{value:.1%}" for value in below]
+    labels = [f"{100 * value:.1f} %" for value in below]
     if len(labels) > len(BESIDE):
         labels = [f"{len(below)} runs, {labels[0]} to {labels[-1]}"]
     for label, height in zip(labels, row + np.array(BESIDE), strict=False):
         axes.plot(low, height, "<", color=colour, markersize=5)
-        axes.annotate(label, (low, height), (6, 0), textcoords="offset points", va="center", fontsize=9)
+        paper = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        axes.annotate(label, (low, height), (7, 0), textcoords="offset points", va="center", fontsize=9, bbox=paper)
 
 
 def _colours(count: int) -> list[Any]:
-    return [mpl.colormaps["tab10" if count <= 10 else "viridis"](i if count <= 10 else i / count) for i in range(count)]
+    many = count > len(pictures.OF_SETTINGS)
+    return list(mpl.colormaps["viridis"](np.linspace(0, 0.9, count)) if many else pictures.OF_SETTINGS[:count])
 
 
 if __name__ == "__main__":

@@ -54,7 +54,26 @@ def test_the_published_curve_is_the_published_history() -> None:
     (axes,) = plot.curves("test_acc", ours, published).axes
     drawn = {line.get_label(): list(np.asarray(line.get_ydata())) for line in axes.lines}
     assert drawn == {"published": [0.8, 0.85], "ours": [0.9, 0.95]}
-    assert axes.get_title() == "test acc"
+    assert axes.get_title() == "test accuracy, ours and the tutorial's"
+
+
+@pytest.mark.parametrize(
+    ("last", "labels"),
+    [(0, [0]), (1, [0, 1]), (5, [0, 1, 2, 3, 4, 5]), (19, [0, 5, 10, 15, 19]), (20, [0, 5, 10, 15, 20])],
+)
+def test_whole_epochs_are_labelled_the_last_one_too(last: int, labels: list[int]) -> None:
+    ours = np.array([(epoch, 0.9) for epoch in range(last + 1)], [("epoch", float), ("test_acc", float)])
+    (axes,) = plot.curves("test_acc", ours, []).axes
+    assert list(axes.get_xticks()) == labels
+
+
+def test_accuracies_are_in_percent_and_losses_on_a_logarithmic_scale() -> None:
+    ours = np.array([(0, 0.9), (1, 0.01)], [("epoch", float), ("test_acc", float)])
+    (axes,) = plot.curves("test_acc", ours, []).axes
+    assert axes.yaxis.get_major_formatter()(0.95) == "95 %"
+    ours.dtype.names = ("epoch", "test_loss")
+    (axes,) = plot.curves("test_loss", ours, []).axes
+    assert axes.get_yscale() == "log"
 
 
 def test_a_row_of_the_confusion_matrix_is_what_a_digit_is() -> None:
@@ -81,8 +100,13 @@ def test_wrong_digits_are_shown_the_most_confident_first(finished: Path, mnist: 
     images = data.load("t10k", mnist)[0]
     shown = [axes for axes in plot.wrong_digits(images, predictions, count).axes if axes.get_title()]
     titles = [axes.get_title() for axes in shown]
-    assert [title.splitlines()[1] for title in titles] == [f"{probability:.2%}" for probability in expected]
+    assert [title.splitlines()[1] for title in titles] == [as_shown(probability) for probability in expected]
     for axes in shown:
         (index,) = np.flatnonzero((images == np.asarray(axes.images[0].get_array())).all((1, 2)))
         actual, predicted, probability = predictions[index].item()
-        assert axes.get_title() == f"{actual:.0f} taken for {predicted:.0f}\n{probability:.2%}"
+        assert axes.get_title() == f"{actual:.0f} taken for {predicted:.0f}\n{as_shown(probability)}"
+
+
+def as_shown(probability: float) -> str:
+    rounded = f"{100 * probability:.2f} %"
+    return "> 99.99 %" if rounded == "100.00 %" else rounded

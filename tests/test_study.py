@@ -28,7 +28,7 @@ from mlflow.entities import Run
 
 import lineage
 from lineage import UserError, registry, store
-from mnist_mlp import params, record
+from mnist_mlp import params, pictures, record
 from mnist_mlp.published import PUBLISHED
 from mnist_mlp.recipe import data, training
 from mnist_mlp.recipe.history import FIGURES
@@ -730,7 +730,7 @@ def test_a_study_without_published_figures_has_all_else() -> None:
     said = words.in_words(json.loads(json.dumps(summary)))
     assert "mean 97.50% (values 97.00%, 98.00%)" in said
     assert "| test acc |  | 50.00% | 50.00% to 50.00% |  |" in said
-    (axes,) = report.curves(history, published, "test_acc", ["a"]).axes
+    axes = report.curves(runs, history, published).axes[-1]
     assert "published" not in [line.get_label() for line in axes.lines]
     (axes,) = report.dots(runs, published, 0.977).axes
     assert [line.get_label() for line in axes.lines if line.get_linestyle() == "--"] == ["target"]
@@ -739,29 +739,44 @@ def test_a_study_without_published_figures_has_all_else() -> None:
 def test_a_curve_has_the_median_the_bands_and_the_published_figures() -> None:
     values = np.arange(21) / 100
     columns = {report.SETTING: "a", "seed": list(range(1, 22)) * 2, "epoch": [0] * 21 + [1] * 21}
-    history = pd.DataFrame(columns | {"test_acc": [*values, *(values + 0.5)]})
-    published = pd.DataFrame({"epoch": [0, 1], "test_acc": [0.3, 0.4]})
-    (axes,) = report.curves(history, published, "test_acc", ["none of it", "a"]).axes
+    history = pd.DataFrame(columns | {key: [*values, *(values + 0.5)] for key in FIGURES})
+    published = pd.DataFrame({"epoch": [0, 1]} | {key: [0.3, 0.4] for key in FIGURES})
+    runs = pd.DataFrame({report.SETTING: ["none of it", "a"], "seed": 1})
+    *_, axes = report.curves(runs, history, published).axes
     outlines = [np.asarray(path.vertices) for band in axes.collections for path in band.get_paths()]
     bands = [tuple(np.unique(outline[:, 1]).round(6)) for outline in outlines]
     assert bands == [(0.01, 0.19, 0.51, 0.69), (0.05, 0.15, 0.55, 0.65)]
     drawn = {line.get_label(): list(np.asarray(line.get_ydata()).round(6)) for line in axes.lines}
     assert drawn == {"none of it": [], "a": [0.1, 0.6], "published": [0.3, 0.4]}
     colours = [line.get_color() for line in axes.lines]
-    assert colours[:2] == report._colours(2)
+    assert colours == [*report._colours(2), pictures.PUBLISHED]
+
+
+def test_bands_of_many_settings_are_narrow_and_a_legend_shows_their_colour() -> None:
+    history = pd.DataFrame({"seed": range(1, 22), "epoch": 0} | dict.fromkeys(FIGURES, np.arange(21) / 100))
+    published = pd.DataFrame(columns=["epoch", *FIGURES])
+    for names, count in ((report.ONLY, 2), ("ab", 4), ("abc", 3)):
+        settings = [names] if names == report.ONLY else list(names)
+        several = pd.concat([history.assign(**{report.SETTING: name}) for name in settings])
+        figure = report.curves(several, several, published)
+        for axes in figure.axes:
+            assert len(axes.collections) == count
+            assert [np.asarray(band.get_facecolor())[0, 3] for band in axes.collections] == [1] * count
 
 
 @pytest.mark.parametrize("far_below", [0, 4, 7])
 def test_every_run_is_a_dot_or_counted(far_below: int) -> None:
     accuracies = [0.98 + n / 1e4 for n in range(30 - far_below)] + [0.5 + n / 100 for n in range(far_below)]
-    runs = pd.DataFrame({report.SETTING: [report.ONLY] * 30, "batch_mean_accuracy": accuracies})
+    runs = pd.DataFrame({report.SETTING: report.ONLY, "seed": range(30), "batch_mean_accuracy": accuracies})
     (axes,) = report.dots(runs, pd.DataFrame({"test_acc": [0.9775]}), 0.977).axes
     arrows = [line for line in axes.lines if line.get_marker() == "<"]
     dots = sum(len(np.asarray(line.get_xdata())) for line in axes.lines if line.get_marker() == "o")
     assert dots == 30 - far_below
     assert len(arrows) == (far_below if far_below <= 4 else 1)
     texts = [text.get_text() for text in axes.texts]
-    assert texts == (["7 runs, 50.0% to 56.0%"] if far_below == 7 else ["50.0%", "51.0%", "52.0%", "53.0%"][:far_below])
+    assert texts == (
+        ["7 runs, 50.0 % to 56.0 %"] if far_below == 7 else [f"{n}.0 %" for n in range(50, 50 + far_below)]
+    )
     low, high = sorted(axes.get_ylim())
     assert all(low < float(np.asarray(line.get_ydata())[0]) < high for line in arrows)
     marks = {str(line.get_label()): np.asarray(line.get_xdata())[0] for line in axes.lines[-2:]}
