@@ -2,7 +2,8 @@
 
 The protocol is that of ``mlflow models serve``, which serves the same model: POST /invocations takes
 ``{"inputs": [image, ...]}`` and answers ``{"predictions": [[probability of 0, ... of 9], ...]}``; GET /ping and /health
-say that the server is up. But MLflow's server takes 1.5, "12" and true for pixels, answers 500 where JSON is nested too
+say that the server is up. GET / is a page to draw on, and POST /picture, which it uses, takes a picture as ``predict``
+does. But MLflow's server takes 1.5, "12" and true for pixels, answers 500 where JSON is nested too
 deeply or the content type is missing, reads a request of any size into memory, and is several times slower: hence this
 one.
 """
@@ -11,22 +12,24 @@ import argparse
 import gc
 import os
 import socket
+from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import torch
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import FileResponse, JSONResponse
 from mlflow.entities.model_registry import ModelVersion
 from pydantic import BaseModel, FailFast, Field, ValidationError
 from starlette.requests import ClientDisconnect
 
 from lineage import UserError, run_command
-from mnist_mlp import champion, record
+from mnist_mlp import champion, predict, record
 from mnist_mlp.recipe import data
 
 LIMIT = 32 << 20  # bytes of a request: MNIST's test images fit, and their JSON takes less than 1 GB and 1 s to read
+PAGE = Path(__file__).with_name("draw.html")
 
 Pixel = Annotated[int, Field(strict=True, ge=0, le=255)]
 ROWS, COLUMNS = data.SHAPE
@@ -59,7 +62,7 @@ def main() -> None:
     gc.freeze()  # the libraries' objects stay; a search for garbage among them takes 0.4 s, while requests wait
     print(
         f"serving {record.NAME} version {version.version}, model {version.tags.get('model.md5', 'unknown')}\n"
-        f"POST images to http://127.0.0.1:{port}/invocations",
+        f"to draw a digit, open http://127.0.0.1:{port}/; to send images, POST to its /invocations",
         flush=True,
     )
     try:
@@ -71,6 +74,10 @@ def main() -> None:
 def server(version: ModelVersion, classify: champion.Classifier) -> FastAPI:
     """Put a model behind ``/invocations``; a request that is wrong gets status 400, a huge one 413, and the reason."""
     app = FastAPI(openapi_url=None)  # without the generated pages, which would load scripts from elsewhere
+
+    @app.get("/")
+    async def page() -> FileResponse:
+        return FileResponse(PAGE)
 
     @app.get("/ping")
     @app.get("/health")
@@ -84,6 +91,7 @@ def server(version: ModelVersion, classify: champion.Classifier) -> FastAPI:
             "version": str(version.version),
             "run_id": version.run_id,
             "model.md5": version.tags.get("model.md5"),
+            "accuracy": version.tags.get("accuracy"),
         }
 
     @app.post("/invocations")
@@ -92,9 +100,15 @@ def server(version: ModelVersion, classify: champion.Classifier) -> FastAPI:
             images = np.array(Invocation.model_validate_json(await _body(request)).inputs, np.uint8)
         except ValidationError as error:
             raise HTTPException(400, _reason(error)) from None
-        except ClientDisconnect:
-            raise HTTPException(400, "the connection ended before the request") from None
         return JSONResponse({"predictions": classify(images).tolist()})
+
+    @app.post("/picture")
+    async def picture(request: Request) -> JSONResponse:
+        try:
+            image = predict.as_mnist(predict.grey_levels(await _body(request)))
+        except UserError as error:
+            raise HTTPException(400, str(error)) from None
+        return JSONResponse({"image": image.tolist(), "probabilities": classify(image[np.newaxis])[0].tolist()})
 
     return app
 
@@ -102,13 +116,16 @@ def server(version: ModelVersion, classify: champion.Classifier) -> FastAPI:
 async def _body(request: Request) -> bytes:
     """Read to the end, but keep no more than the limit: a client that is still sending would not see the answer."""
     body, size = bytearray(), 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size <= LIMIT:
-            body += chunk
+    try:
+        async for chunk in request.stream():
+            size += len(chunk)
+            if size <= LIMIT:
+                body += chunk
+    except ClientDisconnect:
+        raise HTTPException(400, "the connection ended before the request") from None
     if size > LIMIT:
         raise HTTPException(
-            413, f"{size:,} bytes are more than the {LIMIT:,} of one request; send fewer images at a time"
+            413, f"{size:,} bytes are more than the {LIMIT:,} of one request; send fewer or smaller images"
         )
     return bytes(body)
 

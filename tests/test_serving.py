@@ -1,5 +1,7 @@
 import http.client
+import io
 import json
+import shutil
 import socket
 import sys
 import urllib.parse
@@ -15,6 +17,7 @@ import torch
 import uvicorn
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
+from playwright.sync_api import expect, sync_playwright
 
 import lineage
 from lineage import UserError, registry, store
@@ -26,6 +29,7 @@ from tests.loopback import free_port, running
 
 ROOT = Path(__file__).parents[1]
 ROWS, COLUMNS = data.SHAPE
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 # Whatever somebody wanted to download, they would have to ask for where nobody answers.
 OFFLINE = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
 
@@ -71,10 +75,10 @@ def url(repository: Repository) -> Iterator[str]:
         yield server.url
 
 
-def post(url: str, body: Any) -> tuple[int, Any]:
+def post(url: str, body: Any, path: str = "/invocations") -> tuple[int, Any]:
     """Status and content of the answer; a body in pieces, or without a known length, is sent as it comes."""
     connection = http.client.HTTPConnection(urllib.parse.urlsplit(url).netloc, timeout=30)
-    connection.request("POST", "/invocations", body)
+    connection.request("POST", path, body)
     response = connection.getresponse()
     return response.status, json.loads(response.read())
 
@@ -141,6 +145,61 @@ def test_a_wrong_request_is_told_why_and_the_next_is_served(
     assert status == 400
     assert answer["detail"].startswith(reason)
     assert_serves(url, repository, digits[:1])
+
+
+def png(levels: NDArray[np.uint8]) -> bytes:
+    content = io.BytesIO()
+    Image.fromarray(levels).save(content, "PNG")
+    return content.getvalue()
+
+
+def test_a_picture_is_read_as_predict_reads_it_or_refused_with_the_reason(
+    url: str, repository: Repository, digits: NDArray[np.uint8]
+) -> None:
+    status, answer = post(url, png(255 - digits[0]), "/picture")
+    assert status == 200
+    image = np.array(answer["image"], np.uint8)
+    assert np.array_equal(image, predict.as_mnist(255 - digits[0].astype(np.float32)))
+    with torch.no_grad():
+        expected = repository.model(torch.from_numpy(image[None])).numpy()[0]
+    np.testing.assert_allclose(answer["probabilities"], expected, rtol=0, atol=1e-6)
+    for body, reason in ((b"", "not a picture"), (png(np.zeros((99, 99), np.uint8)), "a blank picture")):
+        status, answer = post(url, body, "/picture")
+        assert status == 400
+        assert answer["detail"].startswith(reason)
+
+
+@pytest.mark.full
+@pytest.mark.skipif(not BROWSER, reason="neither Chromium nor Chrome is installed")
+def test_a_seven_is_read_while_it_is_drawn_in_a_browser(url: str, tmp_path: Path, digits: NDArray[np.uint8]) -> None:
+    (tmp_path / "two.png").write_bytes(png(255 - digits[1]))
+    with sync_playwright() as playwright, playwright.chromium.launch(executable_path=BROWSER) as browser:
+        page = browser.new_page()
+        requests: list[str] = []
+        page.on("request", lambda request: requests.append(request.url))
+        page.goto(url)
+        answer = page.locator("#answer")
+        expect(page.locator("#version")).to_contain_text("version 1 answers; its test accuracy is ")
+
+        box = page.locator("#paper").bounding_box()
+        assert box
+        for place, (x, y) in enumerate([(80, 70), (200, 70), (130, 220)]):
+            page.mouse.move(box["x"] + x, box["y"] + y, steps=10)
+            if place == 0:
+                page.mouse.down()
+        expect(answer).to_have_text("This is a 7.")  # the mouse is still down
+        page.mouse.up()
+        page.set_input_files("#file", tmp_path / "two.png")  # as when it is dropped
+        expect(answer).to_have_text("This is a 2.")
+        seen = page.evaluate("Array.from(seen.getImageData(0, 0, 28, 28).data).filter((_, byte) => byte % 4 == 0)")
+        image = np.array(seen).reshape(1, ROWS, COLUMNS)
+        bars = page.locator("progress").evaluate_all("bars => bars.map(bar => bar.value)")
+        _, expected = post(url, json.dumps({"inputs": image.tolist()}))
+        np.testing.assert_allclose([bars], expected["predictions"], rtol=0, atol=1e-6)
+
+        page.get_by_role("button", name="Clear").click()
+        expect(answer).to_have_text("")
+        assert all(request.startswith(url) for request in requests)
 
 
 def test_a_huge_request_is_told_so_and_the_next_is_served(
@@ -255,4 +314,6 @@ def test_the_server_says_its_address(
     monkeypatch.setattr(sys, "argv", ["serve", "--port", str(port)])
     monkeypatch.setattr(uvicorn.Server, "run", lambda *_, **__: None)
     serve.main()
-    assert capsys.readouterr().out.splitlines()[-1].endswith(f" http://127.0.0.1:{port}/invocations")
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        f"to draw a digit, open http://127.0.0.1:{port}/; to send images, POST to its /invocations"
+    )
