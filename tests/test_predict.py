@@ -12,11 +12,12 @@ from scipy import ndimage
 
 from lineage import UserError
 from mnist_mlp import params, predict
-from mnist_mlp.recipe import data, net, training
+from mnist_mlp.recipe import MODEL, data, net, training
+from tests.conftest import Make
 from tests.pictures import INK, PAPER, READ, REFUSED, SIDE, Page, grain, read, with_specks
 
 pytestmark = pytest.mark.recipe
-QUICK = ("noise", "shadow", "frame", "desk at a side", "two digits")
+QUICK = ("shadow", "desk at a side", "two digits")
 COUNT = 200  # pictures of each kind
 
 
@@ -25,27 +26,26 @@ def kinds(generators: Iterable[str]) -> list[Any]:
     return [pytest.param(kind, marks=() if kind in QUICK else pytest.mark.full) for kind in generators]
 
 
-class Digits:
-    """The test digits, and a net that reads 97 % of them."""
+@pytest.fixture(scope="module")
+def classifier(mnist: Path, once: Make) -> net.ImageClassifier:
+    """A net that reads 97 % of the test digits."""
+    config = params.load().replaced({"model.hidden": [100], "train.epochs": 6, "train.seed": 42, "train.device": "cpu"})
 
-    def __init__(self, mnist: Path) -> None:
-        config = params.load()
-        config = config.replaced({"model.hidden": [100], "train.epochs": 6, "train.seed": 42, "train.device": "cpu"})
+    def train(folder: Path) -> None:
         model = training.new_model(config)
         *_, last = training.train(model, training.load(config, mnist), config)
         assert last["test_acc"] > 0.96
-        self.classifier = net.ImageClassifier(model.eval(), config.data.mean, config.data.std)
-        self.images, self.labels = data.load("t10k", mnist)
+        (folder / MODEL.name).write_bytes(net.save_weights(model))
 
-
-@pytest.fixture(scope="module")
-def digits(mnist: Path) -> Digits:
-    return Digits(mnist)
+    file = once("classifier", train) / MODEL.name
+    model = net.mlp(config.model.hidden)
+    net.load_weights(model, file.read_bytes(), str(file))
+    return net.ImageClassifier(model.eval(), config.data.mean, config.data.std)
 
 
 @pytest.mark.parametrize("kind", kinds(READ))
-def test_19_of_20_photographed_digits_are_read_and_few_refused(digits: Digits, kind: str) -> None:
-    reading = read(digits.classifier, READ[kind], COUNT)
+def test_19_of_20_photographed_digits_are_read_and_few_refused(classifier: net.ImageClassifier, kind: str) -> None:
+    reading = read(classifier, READ[kind], COUNT)
     assert reading.right >= 0.95 * COUNT
     assert len(reading.refusals) <= 0.02 * COUNT
     if kind == "clean":  # otherwise 'sure and wrong' would say little
@@ -53,8 +53,8 @@ def test_19_of_20_photographed_digits_are_read_and_few_refused(digits: Digits, k
 
 
 @pytest.mark.parametrize("kind", kinds(REFUSED))
-def test_a_digit_that_is_not_alone_on_paper_is_right_or_refused(digits: Digits, kind: str) -> None:
-    reading = read(digits.classifier, REFUSED[kind], COUNT)
+def test_a_digit_that_is_not_alone_on_paper_is_right_or_refused(classifier: net.ImageClassifier, kind: str) -> None:
+    reading = read(classifier, REFUSED[kind], COUNT)
     assert reading.sure_and_wrong <= 0.02 * COUNT
     assert all(predict.CUT in refusal or "blank" in refusal for refusal in reading.refusals)
 
@@ -118,10 +118,10 @@ def test_the_digit_fills_20_of_28_parts_of_an_image(monkeypatch: pytest.MonkeyPa
     assert np.allclose(ndimage.center_of_mass(made), (28, 35), atol=0.6)
 
 
-def test_a_digit_of_mnist_comes_out_nearly_as_it_went_in(digits: Digits) -> None:
+def test_a_digit_of_mnist_comes_out_nearly_as_it_went_in(mnist: Path) -> None:
     shifts = [(down, right) for down in (-1, 0, 1) for right in (-1, 0, 1)]  # a centre may be rounded to the next pixel
     changes = []
-    for digit in digits.images[:100].astype(int):
+    for digit in data.load("t10k", mnist)[0][:100].astype(int):
         with suppress(UserError):
             made = predict.as_mnist(digit.astype(np.float32)).astype(int)
             changes.append(min(np.abs(np.roll(made, shift, (0, 1)) - digit).mean() for shift in shifts))
@@ -129,8 +129,8 @@ def test_a_digit_of_mnist_comes_out_nearly_as_it_went_in(digits: Digits) -> None
     assert np.mean(np.array(changes) < 10) > 0.95  # of 255; two digits differ by 22 in 95 of 100 pairs
 
 
-def test_ink_is_what_differs_from_most_of_the_picture(digits: Digits) -> None:
-    light = digits.images[0].astype(np.float32)
+def test_ink_is_what_differs_from_most_of_the_picture(mnist: Path) -> None:
+    light = data.load("t10k", mnist)[0][0].astype(np.float32)
     expected = predict.as_mnist(light)
     for page in (255 - light, 90 + light / 2, np.pad(light, ((3, 90), (40, 0)))):
         assert np.abs(predict.as_mnist(page).astype(int) - expected).mean() < 3
