@@ -7,6 +7,7 @@ The page may have a shadow, grain and specks of dirt. A page without a digit, or
 import argparse
 import io
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,8 @@ from mnist_mlp.recipe import data
 
 CUT = "cut the picture so that it shows one digit and plain paper all around it"
 SIDE = 300  # pixels of the longer side of a page, when the digit is looked for
+# Pillow warns of a picture of 89 megapixels, which a phone may take, and refuses one of 179.
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 def main() -> None:
@@ -51,17 +54,18 @@ def grey_levels(content: bytes) -> NDArray[np.float32]:
         UserError: not a whole picture.
     """
     try:
-        picture = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+        picture: Image.Image = Image.open(io.BytesIO(content))
         if picture.mode.startswith(("I", "F")):  # more than 8 bits a pixel, which `convert` would clip at 255
-            levels = np.asarray(picture, np.float32)
+            levels = np.asarray(ImageOps.exif_transpose(picture), np.float32)
             return levels * np.float32(255 / max(levels.max(), 1))
-        picture = picture.convert("RGBA")
+        picture.thumbnail((4 * SIDE, 4 * SIDE))  # quicker, where a picture has megapixels
+        picture = ImageOps.exif_transpose(picture).convert("RGBA")
         opaque = np.asarray(picture.getchannel("A"), float)
         light = (np.asarray(picture.convert("L"), float) * opaque).sum() > 127 * opaque.sum()  # needs dark paper
         paper = Image.new("RGBA", picture.size, "black" if light else "white")
         return np.asarray(Image.alpha_composite(paper, picture).convert("L"), np.float32)
     except UnidentifiedImageError:
-        heic = content[4:8] == b"ftyp"  # of HEIC and its relatives, which phones take
+        heic = content[4:11] in (b"ftyphei", b"ftyphev", b"ftypmif", b"ftypmsf")  # which phones take
         raise UserError("HEIC: export it as JPEG" if heic else "not a picture that Pillow can read") from None
     except (Image.DecompressionBombError, OSError, RuntimeError, SyntaxError, ValueError) as error:  # decoders differ
         raise UserError(f"not a whole picture: {error}") from None

@@ -226,7 +226,10 @@ def dots(runs: pd.DataFrame, published: pd.DataFrame, target: float) -> Figure:
     axes.set_xlabel("mean over batches after the last epoch", fontsize=11)
     axes.set(yticks=range(len(settings)), ylim=(len(settings) - 0.4, -0.6))
     lines = [re.sub(r", (?=[a-z]+\.)", "\n", setting) for setting in settings]  # one for each varied parameter
-    axes.set_yticklabels([f"{len(runs)} runs"] if lines == [ONLY] else lines, fontsize=10)
+    if lines == [ONLY]:
+        diverged = len(runs) - len(accuracies)
+        lines = [f"{len(runs)} runs" + (f",\n{diverged} diverged" if diverged else "")]
+    axes.set_yticklabels(lines, fontsize=10)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     pictures.percent(axes.xaxis)
     axes.grid(visible=False, axis="y")

@@ -1,5 +1,6 @@
 """Pictures of digits, as a phone takes them: what `predict` makes of them, and which pages it refuses."""
 
+import io
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -152,6 +153,21 @@ def test_any_kind_of_picture_is_read_upright(mode: str, suffix: str, tmp_path: P
     assert np.array_equal(predict.grey_levels(path.read_bytes()), np.rot90(levels, -1))
 
 
+@pytest.mark.filterwarnings("ignore:Image size")
+def test_a_photograph_of_a_phone_is_read_upright_and_smaller() -> None:
+    levels = np.zeros((9_500, 9_500), np.uint8)  # more than Pillow takes without a warning
+    levels[:4_750, :4_750] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = io.BytesIO()
+    Image.fromarray(levels).save(content, "JPEG", exif=exif)
+    read = predict.grey_levels(content.getvalue())
+    assert max(read.shape) == 4 * predict.SIDE
+    assert [[round(part.mean()) for part in np.hsplit(half, 2)] for half in np.vsplit(read, 2)] == [[0, 255], [0, 0]]
+
+
 def test_heic_is_refused_with_what_to_do() -> None:
     with pytest.raises(UserError, match=r"^HEIC: export it as JPEG\Z"):
         predict.grey_levels(b"\0\0\0\x1cftypheic\0\0\0\0mif1heic")
+    with pytest.raises(UserError, match=r"^not a picture"):
+        predict.grey_levels(b"\0\0\0\x1cftypisom\0\0\0\0mp42")

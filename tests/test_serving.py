@@ -198,7 +198,12 @@ def test_a_seven_is_read_while_it_is_drawn_in_a_browser(url: str, tmp_path: Path
         np.testing.assert_allclose([bars], expected["predictions"], rtol=0, atol=1e-6)
 
         page.get_by_role("button", name="Clear").click()
+        page.mouse.move(box["x"] - 20, box["y"] + 100)
+        page.mouse.down()
+        page.mouse.move(box["x"] + 100, box["y"] + 100, steps=5)  # not a stroke: it began beside the paper
+        page.mouse.up()
         expect(answer).to_have_text("")
+        assert page.evaluate("ink.getImageData(0, 0, 280, 280).data.every(byte => byte == 255)")
         assert all(request.startswith(url) for request in requests)
 
 
