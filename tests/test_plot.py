@@ -54,6 +54,7 @@ def test_the_published_curve_is_the_published_history() -> None:
     (axes,) = plot.curves("test_acc", ours, published).axes
     drawn = {line.get_label(): list(np.asarray(line.get_ydata())) for line in axes.lines}
     assert drawn == {"published": [0.8, 0.85], "ours": [0.9, 0.95]}
+    assert [line.get_color() for line in axes.lines] == ["#000000", "#0072b2"]  # black, and Okabe and Ito's blue
     assert axes.get_title() == "test accuracy, ours and the tutorial's"
 
 

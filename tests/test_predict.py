@@ -84,9 +84,12 @@ def test_a_page_with_dots_all_over_is_refused() -> None:
         predict.as_mnist(np.where(dots, INK, PAPER))
 
 
-def test_a_picture_whose_levels_are_not_numbers_is_refused() -> None:
-    with pytest.raises(UserError, match="not numbers"):
-        predict.as_mnist(np.full((28, 28), np.nan, np.float32))
+@pytest.mark.parametrize("level", [np.nan, np.inf, -3.39e38])
+def test_a_picture_whose_levels_are_no_numbers_is_refused(level: float) -> None:
+    levels = np.full((28, 28), 255, np.float32)
+    levels[3:9, 3:9] = level
+    with pytest.raises(UserError, match="no numbers, or huge ones"):
+        predict.as_mnist(levels)
 
 
 def five() -> Page:
@@ -151,6 +154,26 @@ def test_any_kind_of_picture_is_read_upright(mode: str, suffix: str, tmp_path: P
     path = tmp_path / f"picture.{suffix}"
     made.save(path, exif=exif)
     assert np.array_equal(predict.grey_levels(path.read_bytes()), np.rot90(levels, -1))
+
+
+def test_a_picture_of_16_bits_keeps_its_levels() -> None:
+    levels = (257 * np.arange(256)).astype(np.uint16).reshape(16, 16)
+    content = io.BytesIO()
+    Image.fromarray(levels).save(content, "PNG")
+    assert np.allclose(predict.grey_levels(content.getvalue()), np.arange(256).reshape(16, 16))
+
+
+@pytest.mark.parametrize(("ink", "paper"), [(0, 255), (255, 0)])
+@pytest.mark.parametrize("hidden", [0, 255])
+def test_what_is_transparent_is_paper_whatever_colour_it_hides(ink: int, paper: int, hidden: int) -> None:
+    picture = np.full((20, 20, 4), hidden, np.uint8)
+    picture[..., 3] = 0
+    picture[5:15, 8:12] = [ink, ink, ink, 255]
+    content = io.BytesIO()
+    Image.fromarray(picture).save(content, "PNG")
+    expected = np.full((20, 20), paper)
+    expected[5:15, 8:12] = ink
+    assert np.array_equal(predict.grey_levels(content.getvalue()), expected)
 
 
 @pytest.mark.filterwarnings("ignore:Image size")

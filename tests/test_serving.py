@@ -207,17 +207,18 @@ def test_a_seven_is_read_while_it_is_drawn_in_a_browser(url: str, tmp_path: Path
         assert all(request.startswith(url) for request in requests)
 
 
+@pytest.mark.parametrize("path", ["/invocations", "/picture"])
 def test_a_huge_request_is_told_so_and_the_next_is_served(
-    url: str, repository: Repository, digits: NDArray[np.uint8]
+    url: str, repository: Repository, digits: NDArray[np.uint8], path: str
 ) -> None:
     piece = b"[" + b"0," * (1 << 19)
     for body in (piece * 100, iter([piece] * 100)):  # with its length ahead, and without
-        status, answer = post(url, body)
+        status, answer = post(url, body, path)
         assert status == 413
         assert answer["detail"].startswith(
             f"{100 * len(piece):,} bytes are more than the {serve.LIMIT:,} of one request"
         )
-    status, _ = post(url, b'{"inputs": [' + b"0," * (serve.LIMIT // 2 - 100))  # as much as is read at all
+    status, _ = post(url, b'{"inputs": [' + b"0," * (serve.LIMIT // 2 - 100), path)  # as much as is read at all
     assert status == 400
     assert_serves(url, repository, digits[:1])
 

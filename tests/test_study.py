@@ -755,6 +755,7 @@ def test_a_curve_has_the_median_the_bands_and_the_published_figures() -> None:
 def test_bands_of_many_settings_are_narrow_and_a_legend_shows_their_colour() -> None:
     history = pd.DataFrame({"seed": range(1, 22), "epoch": 0} | dict.fromkeys(FIGURES, np.arange(21) / 100))
     published = pd.DataFrame(columns=["epoch", *FIGURES])
+    narrow = [0.05, 0.15]  # half of the runs
     for names, count in ((report.ONLY, 2), ("ab", 4), ("abc", 3)):
         settings = [names] if names == report.ONLY else list(names)
         several = pd.concat([history.assign(**{report.SETTING: name}) for name in settings])
@@ -762,6 +763,10 @@ def test_bands_of_many_settings_are_narrow_and_a_legend_shows_their_colour() -> 
         for axes in figure.axes:
             assert len(axes.collections) == count
             assert [np.asarray(band.get_facecolor())[0, 3] for band in axes.collections] == [1] * count
+            extents = [band.get_paths()[0].get_extents() for band in axes.collections]
+            assert [[extent.y0, extent.y1] == pytest.approx(narrow) for extent in extents[-len(settings) :]]
+            shares = ["50 %"] if len(settings) > 2 else ["90 %", "50 %"]
+            assert all(share in figure.get_suptitle() for share in shares if names != report.ONLY)
 
 
 @pytest.mark.parametrize("far_below", [0, 4, 7])
