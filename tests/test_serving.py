@@ -153,6 +153,7 @@ def png(levels: NDArray[np.uint8]) -> bytes:
     return content.getvalue()
 
 
+@pytest.mark.recipe
 def test_a_picture_is_read_as_predict_reads_it_or_refused_with_the_reason(
     url: str, repository: Repository, digits: NDArray[np.uint8]
 ) -> None:
@@ -170,6 +171,7 @@ def test_a_picture_is_read_as_predict_reads_it_or_refused_with_the_reason(
 
 
 @pytest.mark.full
+@pytest.mark.recipe
 @pytest.mark.skipif(not BROWSER, reason="neither Chromium nor Chrome is installed")
 def test_a_seven_is_read_while_it_is_drawn_in_a_browser(url: str, tmp_path: Path, digits: NDArray[np.uint8]) -> None:
     (tmp_path / "two.png").write_bytes(png(255 - digits[1]))
