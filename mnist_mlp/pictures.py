@@ -33,14 +33,9 @@ def save(figure: Figure, path: Path, dpi: int) -> None:
     write(path, png.getvalue())
 
 
-def words(name: str) -> str:
-    """Say what a figure of the history is: 'test accuracy' for ``test_acc``."""
-    return name.replace("_", " ").replace("acc", "accuracy")
-
-
-def percent(axis: mpl.axis.Axis, decimals: int | None = None) -> None:
+def percent(axis: mpl.axis.Axis) -> None:
     """Label an axis of fractions in percent."""
-    axis.set_major_formatter(PercentFormatter(1, decimals=decimals, symbol=" %"))
+    axis.set_major_formatter(PercentFormatter(1, symbol=" %"))
 
 
 def over_epochs(axes: Axes, name: str, last: int) -> None:
@@ -51,7 +46,7 @@ def over_epochs(axes: Axes, name: str, last: int) -> None:
         name: of the figure, such as ``test_acc``.
         last: the last epoch, which gets a label; the first is 0.
     """
-    axes.set(title=words(name), xlabel="epoch")
+    axes.set(title=name.replace("_", " ").replace("acc", "accuracy"), xlabel="epoch")
     ticks = MaxNLocator(6, steps=[1, 2, 5, 10], integer=True).tick_values(0, max(last, 1))
     axes.set_xticks([*ticks[ticks <= last - np.diff(ticks)[0] / 2], last])
     if name.endswith("acc"):

@@ -2,10 +2,9 @@
 
 The protocol is that of ``mlflow models serve``, which serves the same model: POST /invocations takes
 ``{"inputs": [image, ...]}`` and answers ``{"predictions": [[probability of 0, ... of 9], ...]}``; GET /ping and /health
-say that the server is up. GET / is a page to draw on, and POST /picture, which it uses, takes a picture as ``predict``
-does. But MLflow's server takes 1.5, "12" and true for pixels, answers 500 where JSON is nested too
+say that the server is up. But MLflow's server takes 1.5, "12" and true for pixels, answers 500 where JSON is nested too
 deeply or the content type is missing, reads a request of any size into memory, and is several times slower: hence this
-one.
+one. GET / is a page to draw on, and POST /picture, which it uses, takes a picture as ``predict`` does.
 """
 
 import argparse

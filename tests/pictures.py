@@ -24,10 +24,10 @@ SIDE = 300  # pixels
 PAPER, INK = 235.0, 25.0  # grey levels
 
 
-def pen(digit: Digit, side: int = SIDE) -> Page:
-    """A test digit as a pen writes it: (side, side), 0 for paper to 1 for ink."""
-    large = np.asarray(Image.fromarray(digit).resize((side, side), Image.Resampling.BICUBIC), np.float64) / 255
-    return np.clip((large - 0.45) * side / 42 + 0.5, 0, 1)
+def pen(digit: Digit) -> Page:
+    """A test digit as a pen writes it: (SIDE, SIDE), 0 for paper to 1 for ink."""
+    large = np.asarray(Image.fromarray(digit).resize((SIDE, SIDE), Image.Resampling.BICUBIC), np.float64) / 255
+    return np.clip((large - 0.45) * SIDE / 42 + 0.5, 0, 1)
 
 
 def thin_pen(digit: Digit) -> Page:

@@ -764,7 +764,7 @@ def test_bands_of_many_settings_are_narrow_and_a_legend_shows_their_colour() -> 
             assert len(axes.collections) == count
             assert [np.asarray(band.get_facecolor())[0, 3] for band in axes.collections] == [1] * count
             extents = [band.get_paths()[0].get_extents() for band in axes.collections]
-            assert [[extent.y0, extent.y1] == pytest.approx(narrow) for extent in extents[-len(settings) :]]
+            assert all([extent.y0, extent.y1] == pytest.approx(narrow) for extent in extents[-len(settings) :])
             shares = ["50 %"] if len(settings) > 2 else ["90 %", "50 %"]
             assert all(share in figure.get_suptitle() for share in shares if names != report.ONLY)
 
