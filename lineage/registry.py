@@ -74,7 +74,7 @@ def crown(model: str, data: str, ranks: Sequence[str]) -> ModelVersion | None:
     """
     try:
         champion = _champion(model)
-        ours = [version for version in versions(model) if data_of(version) == data]
+        ours = [version for version in versions(model) if _facts(version).get(runs.DATA) == data]
         key = {v.version: (_merit(v, ranks), v.version == champion, -int(v.version)) for v in ours}
         ranked = sorted(ours, key=lambda version: key[version.version], reverse=True)
         best = next(filter(_is_usable, ranked), None)
@@ -106,7 +106,7 @@ def load(
     store.open_to_read()
     try:
         version = mlflow.MlflowClient().get_model_version_by_alias(model, CHAMPION)
-        if data_of(version) != data:
+        if _facts(version).get(runs.DATA) != data:
             raise UserError(f"{uri(model)}, version {version.version}, was made from {other_data}; {advice()}")
         with tempfile.TemporaryDirectory() as copy:  # MLflow writes a file beside the model that it loads
             return version, loader(uri(model), dst_path=copy)
@@ -120,12 +120,15 @@ def versions(model: str) -> list[ModelVersion]:
     return list(mlflow.MlflowClient().search_model_versions(f"name = '{model}'"))
 
 
-def data_of(version: ModelVersion) -> str | None:
-    """Give the digest of the data that a version was made from, if it or its run tells."""
-    found: str | None = version.tags.get(runs.DATA)
-    if found is None and (run := _run_of(version)):
-        found = run.data.tags.get(runs.DATA)
-    return found
+def _facts(version: ModelVersion) -> Mapping[str, Any]:
+    """Say what is known of a version: by its tags or, where it was registered by hand, by its run."""
+    if runs.DATA in version.tags:
+        return version.tags
+    try:
+        run = mlflow.get_run(version.run_id or "")
+    except MlflowException:
+        return {}
+    return {**run.data.tags, **run.data.metrics}
 
 
 def _champion(model: str) -> int | str | None:
@@ -135,22 +138,10 @@ def _champion(model: str) -> int | str | None:
         return None
 
 
-def _run_of(version: ModelVersion) -> Run | None:
-    try:
-        return mlflow.get_run(version.run_id or "")
-    except MlflowException:
-        return None
-
-
 def _is_usable(version: ModelVersion) -> bool:
     """Look whether the version's files are there; they can be lost, and a new version then takes its place."""
     logged = re.search(r"\bm-[0-9a-f]{32}\b", version.source or "")  # where it is; MLflow does not fill in `model_id`
-    if logged:
-        return runs.is_whole(logged[0])
-    try:  # a version that was made by hand, from files
-        return bool(mlflow.artifacts.list_artifacts(artifact_uri=f"models:/{version.name}/{version.version}"))
-    except (MlflowException, OSError):
-        return False
+    return logged is not None and runs.is_whole(logged[0])
 
 
 def _is_complete(run_id: str | None) -> bool:
@@ -162,15 +153,6 @@ def _is_complete(run_id: str | None) -> bool:
 
 
 def _merit(version: ModelVersion, ranks: Sequence[str]) -> tuple[int, float]:
-    """Say by which metric a version is ranked, the first being the highest, and its value; 0 if none is known."""
-    found: Mapping[str, Any] = version.tags
-    if found.keys().isdisjoint(ranks) and (run := _run_of(version)):
-        found = run.data.metrics
-    for place, name in enumerate(ranks):
-        if name in found:
-            try:
-                value = float(found[name])
-            except ValueError:  # a tag that somebody has set by hand
-                value = 0.0
-            return len(ranks) - place, value if 0 <= value <= 1 else 0.0
-    return 0, 0.0
+    """Say by which metric a version is ranked, the first being the highest, and its value."""
+    facts = _facts(version)
+    return max(((-place, float(facts[name])) for place, name in enumerate(ranks) if name in facts), default=(-99, 0.0))
