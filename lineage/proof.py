@@ -77,7 +77,7 @@ def prove_commit(revision: str, data_files: Sequence[Path]) -> Proof:
     with tempfile.TemporaryDirectory() as folder:
         clone = _clone(commit, Path(folder), data_files)
         _run_again(clone)
-        actual = _made(clone)
+        actual = _actual(clone)
     return Proof(name, _first_difference(expected, actual, "in dvc.lock"))
 
 
@@ -105,7 +105,7 @@ def prove_run(run: Run, model: str, project: Project) -> Proof:
     origin = f"run {run.info.run_id}, commit {run.data.tags['git.commit'][:10]}"
     print(f"running again: {origin}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        files = _recorded(run, Path(folder))
+        files = _expected(run, Path(folder))
         stored = project.hash_model(model if model.startswith("models:/") else _model_uri(run))
         clone = _clone(run.data.tags["git.commit"], Path(folder), project.data_files)
         _put_parameters_and_changes(run, clone)
@@ -118,7 +118,7 @@ def prove_run(run: Run, model: str, project: Project) -> Proof:
         expected = {runs.DATA: run.data.tags[runs.DATA], **epochs, **files, **metrics, **stored}
         again, rebuilt = _run_of(clone, project)
         metrics = {name: str(results[name]) for name in names}
-        actual = {runs.DATA: again.data.tags[runs.DATA], **_epochs(rows), **_made(clone), **metrics, **rebuilt}
+        actual = {runs.DATA: again.data.tags[runs.DATA], **_epochs(rows), **_actual(clone), **metrics, **rebuilt}
     difference = _first_difference(expected, actual, "in the run")
     return Proof(origin, difference and difference + _environment(run, again, (*project.tags, *ENVIRONMENT)))
 
@@ -226,10 +226,10 @@ def _check(run: Run, project: Project) -> None:
         )
 
 
-def _recorded(run: Run, folder: Path) -> Values:
+def _expected(run: Run, folder: Path) -> Values:
     identity = run.info.run_id
     try:
-        recorded_lock = runs.download(identity, runs.LOCK, folder)
+        recorded_lock = Path(mlflow.MlflowClient().download_artifacts(identity, runs.LOCK, str(folder)))
     except (MlflowException, OSError):
         raise UserError(
             f"the files of run {identity} are lost; `make track` makes a run of the present results"
@@ -263,7 +263,7 @@ def _results(stages: dict[str, Any], origin: str) -> Values:
     return results
 
 
-def _made(clone: Path) -> Values:
+def _actual(clone: Path) -> Values:
     return lock.results(lock.read_stages((clone / lock.LOCK).read_bytes()))
 
 
@@ -281,10 +281,11 @@ def _clone(commit: str, folder: Path, data_files: Sequence[Path]) -> Path:
 
 
 def _put_parameters_and_changes(run: Run, clone: Path) -> None:
-    mlflow.MlflowClient().download_artifacts(run.info.run_id, "params.yaml", str(clone))
+    client = mlflow.MlflowClient()
+    client.download_artifacts(run.info.run_id, str(runs.PARAMS), str(clone))
     if run.data.tags["git.patch.md5"] == runs.CLEAN:
         return
-    patch = runs.download(run.info.run_id, runs.PATCH, clone.parent)
+    patch = Path(client.download_artifacts(run.info.run_id, runs.PATCH, str(clone.parent)))
     if md5(patch.read_bytes()) != run.data.tags["git.patch.md5"]:
         raise UserError(f"run {run.info.run_id}: its {patch.name} is damaged")
     _git("-C", str(clone), "apply", "--whitespace=nowarn", str(patch))

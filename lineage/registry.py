@@ -85,7 +85,7 @@ def crown(model: str, data: str, ranks: Sequence[str]) -> ModelVersion | None:
         raise UserError(f"MLflow refuses: {store.first_line(error)}; `make track` tries again") from None
 
 
-def load(
+def load_champion(
     model: str, data: str, other_data: str, loader: Callable[..., Any], advice: Callable[[], str]
 ) -> tuple[ModelVersion, Any]:
     """Load the champion.
@@ -94,25 +94,47 @@ def load(
         model: the name of the registered model.
         data: the digest of the data that it must be made from.
         other_data: words for any others.
-        loader: MLflow's function that loads a model of its kind.
-        advice: says what to do if there is no champion.
+        loader: as for ``load``.
+        advice: likewise.
 
     Returns:
         Its version, and the model.
 
     Raises:
-        UserError: no MLflow store is available, or no champion in it, or its files are lost, damaged or unsafe.
+        UserError: no MLflow store is available, or as for ``load``.
     """
     store.open_to_read()
     try:
         version = mlflow.MlflowClient().get_model_version_by_alias(model, CHAMPION)
-        if _facts(version).get(runs.DATA) != data:
-            raise UserError(f"{uri(model)}, version {version.version}, was made from {other_data}; {advice()}")
+        facts = _facts(version)
+    except (MlflowException, OSError) as error:
+        raise _unusable(uri(model), error, advice) from None
+    if facts.get(runs.DATA) != data:
+        raise UserError(f"{uri(model)}, version {version.version}, was made from {other_data}; {advice()}")
+    return version, load(uri(model), loader, advice)
+
+
+def load(address: str, loader: Callable[..., Any], advice: Callable[[], str]) -> Any:
+    """Load a model from MLflow.
+
+    Args:
+        address: of the model, such as ``models:/NAME@ALIAS``.
+        loader: MLflow's function that loads a model of its kind.
+        advice: says what to do if there is none.
+
+    Raises:
+        UserError: there is no such model, or its files are lost, damaged or unsafe.
+    """
+    try:
         with tempfile.TemporaryDirectory() as copy:  # MLflow writes a file beside the model that it loads
-            return version, loader(uri(model), dst_path=copy)
+            return loader(address, dst_path=copy)
     except (MlflowException, OSError, RuntimeError) as error:
-        reason = store.first_line(error).partition(". ")[0].rstrip(".")
-        raise UserError(f"MLflow has no usable {uri(model)}: {reason}; {advice()}") from None
+        raise _unusable(address, error, advice) from None
+
+
+def _unusable(address: str, error: Exception, advice: Callable[[], str]) -> UserError:
+    reason = store.first_line(error).partition(". ")[0].rstrip(".")
+    return UserError(f"MLflow has no usable {address}: {reason}; {advice()}")
 
 
 def versions(model: str) -> list[ModelVersion]:

@@ -30,9 +30,9 @@ from mlflow.utils.time import get_current_time_millis
 from lineage import UserError, cpu, file_md5, git, lock, md5, store
 
 PARAMS = Path("params.yaml")
-# Two files of a run: each with its name, of an ending that MLflow's page shows, and its name in runs of older states.
-LOCK = ("dvc.lock.yaml", "dvc.lock")
-PATCH = ("uncommitted.patch.txt", "uncommitted.patch")
+# Two files of a run, with endings that MLflow's page shows.
+LOCK = "dvc.lock.yaml"
+PATCH = "uncommitted.patch.txt"
 CLEAN = "none"  # the digest of no patch
 # Tags of a run.
 DIGEST = "dvc.lock.md5"  # of which state of dvc.lock it is; comes last: a run that has it was complete
@@ -71,7 +71,7 @@ class Results(NamedTuple):
     def artifacts(self) -> set[str]:
         """List the artifacts of a run that has these results."""
         stored = {folder or path.name for folder in self.files for path in self.files[folder]}
-        return {str(PARAMS), LOCK[0], *self.tables, *stored}
+        return {str(PARAMS), LOCK, *self.tables, *stored}
 
 
 class LiveRun:
@@ -236,7 +236,7 @@ def _is_complete(run: Run, digest: str, needed: set[str]) -> bool:
     """Look whether a run has all of this state; a user may have deleted files in ``mlruns``."""
     if run.data.tags.get(DIGEST) != digest or run.info.status != "FINISHED" or not model_of(run):
         return False
-    patch = () if run.data.tags.get("git.patch.md5") in (CLEAN, git.UNKNOWN) else PATCH[:1]
+    patch = () if run.data.tags.get("git.patch.md5") in (CLEAN, git.UNKNOWN) else (PATCH,)
     return needed.union(patch) <= {artifact.path for artifact in mlflow.MlflowClient().list_artifacts(run.info.run_id)}
 
 
@@ -250,7 +250,7 @@ def _complete(run: Run, recorded: Mapping[str, Any], results: Results) -> None:
     for folder, paths in results.files.items():
         for path in paths:
             client.log_artifact(identity, str(path), folder or None)
-    client.log_text(identity, yaml.safe_dump({"schema": "2.0", "stages": recorded}, sort_keys=False), LOCK[0])
+    client.log_text(identity, yaml.safe_dump({"schema": "2.0", "stages": recorded}, sort_keys=False), LOCK)
     for metric, value in results.metrics.items():
         client.log_metric(identity, metric, value)
     there = {artifact.path for artifact in client.list_artifacts(identity)}
@@ -274,7 +274,7 @@ def _set_origin(run_id: str, training: Training) -> None:
 def log_patch(run_id: str, patch: bytes) -> None:
     """Store the changes that were not committed with a run."""
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, PATCH[0])
+        file = Path(folder, PATCH)
         file.write_bytes(patch)  # as bytes: a file in it need not be UTF-8
         mlflow.MlflowClient().log_artifact(run_id, str(file))
 
@@ -335,17 +335,6 @@ def points(history: Sequence[Mapping[str, str | float]]) -> list[Metric]:
         for name, value in row.items()
         if name != "epoch"
     ]
-
-
-def download(run_id: str, names: tuple[str, str], folder: Path) -> Path:
-    """Fetch a file of a run into a folder, by the first of its names that the run has.
-
-    Raises:
-        MlflowException, OSError: the run has no such file, or it cannot be read.
-    """
-    client = mlflow.MlflowClient()
-    found = {artifact.path for artifact in client.list_artifacts(run_id)}
-    return Path(client.download_artifacts(run_id, next((n for n in names if n in found), names[0]), str(folder)))
 
 
 def run_name(training: Training, patch: bytes | None) -> str:

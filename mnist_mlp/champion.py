@@ -29,7 +29,7 @@ def load() -> tuple[ModelVersion, Classifier]:
     """
     import torch
 
-    version, model = registry.load(record.NAME, data.DIGEST, OTHER_DATA, mlflow.pytorch.load_model, advice)
+    version, model = registry.load_champion(record.NAME, data.DIGEST, OTHER_DATA, mlflow.pytorch.load_model, advice)
 
     def classify(images: NDArray[np.uint8]) -> NDArray[np.float32]:
         with torch.no_grad():

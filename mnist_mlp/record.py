@@ -88,7 +88,7 @@ def summary(config: Params, metrics: Mapping[str, float]) -> str:
 def publish(experiment: str) -> None:
     """Add the tutorial's history once, so that charts can show it beside ours. If a user deletes it, it stays away.
 
-    The colour is its last part: without it, the process that made the run was killed, or is of an older state.
+    The colour is its last part: without it, the process that made the run was killed.
 
     Raises:
         UserError: MLflow refuses.
@@ -114,7 +114,6 @@ def _publish(experiment: str, history: list[dict[str, float]]) -> None:
     with suppress(MlflowException, OSError):  # an extra: MLflow's page of comparison fails for a run without a file
         client.log_artifact(run.info.run_id, str(lineage.HERE / PUBLISHED))
     client.set_terminated(run.info.run_id, end_time=run.info.start_time)  # nothing was trained
-    client.set_tag(run.info.run_id, SETTING, PUBLISHED_RUN)
     client.set_tag(run.info.run_id, COLOUR, "#000000")
 
 

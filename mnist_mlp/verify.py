@@ -5,7 +5,6 @@ Exit status: 0 for identical, 1 for different, 2 where there is no answer, and w
 
 import argparse
 import sys
-import tempfile
 import time
 
 import mlflow
@@ -62,19 +61,10 @@ def hash_model(uri: str) -> dict[str, str]:
     import safetensors.torch  # here: a refusal needs no PyTorch, which takes seconds to load
     import torch
 
-    try:
-        with tempfile.TemporaryDirectory() as copy:  # MLflow writes a file beside the model that it loads
-            model = mlflow.pytorch.load_model(uri, dst_path=copy)
-            weights = safetensors.torch.save(
-                {name.removeprefix("net."): tensor for name, tensor in model.state_dict().items()}
-            )
-            with torch.no_grad():
-                probabilities = model(torch.from_numpy(data.load("t10k")[0]))
-    except (MlflowException, OSError, RuntimeError) as error:
-        reason = store.first_line(error).partition(". ")[0]
-        raise UserError(
-            f"{uri}: its files are lost, damaged or unsafe ({reason}); `make track` replaces lost ones from the results"
-        ) from None
+    model = registry.load(uri, mlflow.pytorch.load_model, champion.advice)
+    weights = safetensors.torch.save({name.removeprefix("net."): tensor for name, tensor in model.state_dict().items()})
+    with torch.no_grad():
+        probabilities = model(torch.from_numpy(data.load("t10k")[0]))
     return {
         "the MD5 of the stored model's weights": md5(weights),
         "the MD5 of its probabilities for the test images": md5(probabilities.numpy().tobytes()),

@@ -69,7 +69,7 @@ def artifacts(run: Run) -> dict[str, bytes]:
 
 
 def patch_of(run: Run) -> str:
-    return artifacts(run)[runs.PATCH[0]].decode()
+    return artifacts(run)[runs.PATCH].decode()
 
 
 def alias() -> str:
@@ -83,9 +83,9 @@ def assert_complete(run: Run) -> None:
     points = client().get_metric_history(run.info.run_id, "loss")
     assert [[str(point.step), f"{point.value:.6f}"] for point in points] == history
     files = artifacts(run)
-    assert {"params.yaml", runs.LOCK[0], "metrics.json"} <= files.keys()
+    assert {"params.yaml", runs.LOCK, "metrics.json"} <= files.keys()
     assert files["metrics.json"] == toy.METRICS.read_bytes()
-    assert yaml.safe_load(files[runs.LOCK[0]])["stages"] == lock.recorded(toy.load_params())
+    assert yaml.safe_load(files[runs.LOCK])["stages"] == lock.recorded(toy.load_params())
     assert run.data.metrics["accuracy"] == json.loads(toy.METRICS.read_text())["accuracy"]
     assert runs.model_of(run)
 
@@ -535,7 +535,9 @@ def test_a_model_of_other_data_is_no_champion_and_is_neither_loaded_nor_proved(r
     other = mlflow.register_model(f"models:/{runs.model_of(run)}", toy.NAME, tags=tags)
     client().set_registered_model_alias(toy.NAME, registry.CHAMPION, other.version)
     with pytest.raises(UserError, match=f"{CHAMPION}, version 2, was made from other points; do this"):
-        registry.load(toy.NAME, toy.dataset().digest, "other points", mlflow.pyfunc.load_model, lambda: "do this")
+        registry.load_champion(
+            toy.NAME, toy.dataset().digest, "other points", mlflow.pyfunc.load_model, lambda: "do this"
+        )
     toy.track()
     assert alias() == "1"
 
@@ -652,9 +654,15 @@ def copies(tmp_path: Path, enter: Callable[[Path], None]) -> Path:
     return folder
 
 
-def test_a_commit_is_proved_without_any_store_and_later_changes_have_no_part_in_it(copies: Path) -> None:
+def test_a_commit_is_proved_without_any_store_and_later_changes_have_no_part_in_it(
+    copies: Path, tmp_path: Path, enter: Callable[[Path], None]
+) -> None:
+    """In a clone that has, of the files in Git, only those of the last commit."""
     Path("in.txt").write_text("other")
     project.commit(copies)
+    project.run(copies, "git", "config", "uploadpack.allowFilter", "true")
+    project.run(tmp_path, "git", "clone", "--quiet", "--filter=blob:none", f"file://{copies}", "a clone")
+    enter(tmp_path / "a clone")
     assert proof.prove_commit("HEAD~", []).difference == []
     assert not Path("mlflow.db").exists()
 

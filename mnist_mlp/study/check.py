@@ -60,9 +60,9 @@ def check(config: Params, drawn: list[tuple[plan.Row, plan.Outcome]]) -> list[st
     return [differences[index] for index in sorted(differences)]
 
 
-def first_difference(recorded: plan.Outcome, again: plan.Outcome) -> str:
+def first_difference(expected: plan.Outcome, actual: plan.Outcome) -> str:
     """Name the first figure that differs; the epochs come before what the trained model gives."""
-    theirs, ours = _figures(recorded), _figures(again)
+    theirs, ours = _figures(expected), _figures(actual)
     key = next(key for key in theirs | ours if theirs.get(key) != ours.get(key))
     return f"{key} is {theirs.get(key, 'missing')} in the table, {ours.get(key, 'missing')} here"
 
