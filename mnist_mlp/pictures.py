@@ -51,7 +51,7 @@ def over_epochs(axes: Axes, name: str, last: int) -> None:
     axes.set_xticks([*ticks[ticks <= last - np.diff(ticks)[0] / 2], last])
     if name.endswith("acc"):
         percent(axes.yaxis)
-    else:
+    elif np.isfinite(axes.dataLim.minposy):  # if all runs of a study diverged, there is no curve
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
