@@ -1,10 +1,8 @@
 """DVC's experiments, remotes and MLflow's registry: every experiment is one run, and none is lost."""
 
 import json
-import re
 import shutil
 import subprocess
-import time
 from pathlib import Path
 
 import mlflow
@@ -12,7 +10,7 @@ import pytest
 
 from lineage import registry
 from mnist_mlp import record
-from mnist_mlp.recipe import METRICS, data
+from mnist_mlp.recipe import METRICS
 from tests import project
 from tests.conftest import Make
 
@@ -36,16 +34,9 @@ def explored(tried: Path, once: Make) -> Path:
         diverging = ("-S", f"train.lr={project.DIVERGING}", "--name", "diverging")
         project.run(folder, "dvc", "exp", "run", "--queue", *diverging)
         project.run(folder, "dvc", "exp", "run", "--queue", "-S", "plot.dpi=80", "--name", "plots-only")
-        try:
-            # Its workers keep its output open. Who reads that waits until they have ended, long after the experiments.
-            start, quiet = ["dvc", "queue", "start", "-j", "2"], subprocess.DEVNULL
-            subprocess.run(start, cwd=folder, env=project.environment(), check=True, stdout=quiet, stderr=quiet)
-            deadline = time.monotonic() + project.NEVER
-            while re.search("Queued|Running", project.run(folder, "dvc", "queue", "status").stdout):
-                assert time.monotonic() < deadline, "the queue is not done"
-                time.sleep(2)  # asking takes a core one second, too
-        finally:
-            project.run(folder, "dvc", "queue", "stop", "--kill", check=False)
+        quiet = subprocess.DEVNULL  # DVC's workers keep its output open, long after the experiments
+        command = ["dvc", "exp", "run", "--run-all", "--jobs", "2"]
+        subprocess.run(command, cwd=folder, env=project.environment(), stdout=quiet, stderr=quiet)
 
     return once("explored", make)
 
@@ -152,28 +143,3 @@ def test_a_clone_pulls_data_model_and_experiments_and_computes_nothing_again(
     assert UP_TO_DATE in project.run(clone, "dvc", "repro").stdout
     assert len(project.runs(clone)) == 2  # MLflow of the clone has been told of both
     assert project.contents(clone) != project.contents(finished)
-
-
-@pytest.mark.recipe
-def test_a_better_model_becomes_champion_and_a_worse_or_a_poor_one_does_not(tried: Path, tmp_path: Path) -> None:
-    """One experiment in the workspace, one in a temporary copy, and one that misses the target."""
-    folder = project.copy(tried, tmp_path / "repository")
-
-    done = project.run(folder, "dvc", "exp", "run", "--name", "better", "-S", "train.epochs=3")
-    assert f"{record.NAME} version 3, the champion" in done.stdout
-    worse = ("-S", "train.epochs=2", "-S", "train.lr=0.05")
-    done = project.run(folder, "dvc", "exp", "run", "--temp", "--name", "worse", *worse)
-    assert f"{record.NAME} version 2; the champion is version 3" in done.stdout
-    target = ("-S", "evaluate.target_accuracy=0.999")
-    done = project.run(folder, "dvc", "exp", "run", "--temp", "--name", "poor", *target)
-    assert "not registered, because the target is missed; the champion is version 3" in done.stdout
-
-    head = project.run(folder, "git", "rev-parse", "HEAD").stdout.strip()
-    assert [run.info.run_name for run in project.runs(folder)][:3] == ["poor", "worse", "better"]
-    assert {run.data.tags["git.commit"] for run in project.runs(folder)[:3]} == {head}
-    versions = mlflow.MlflowClient().search_model_versions(f"name = '{record.NAME}'")
-    assert sorted(int(version.version) for version in versions) == [1, 2, 3]
-    for version in versions:
-        assert version.tags["data.digest"] == data.DIGEST
-        assert 0.5 < float(version.tags["accuracy"]) < 1
-    assert int(mlflow.MlflowClient().get_model_version_by_alias(record.NAME, registry.CHAMPION).version) == 3

@@ -1,31 +1,18 @@
 """What MLflow keeps of MNIST: the champion by its target, the tutorial's figures, and what DVC restores."""
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import mlflow
 import pytest
 
-from lineage import lock, registry, store
-from mnist_mlp import record
+from lineage import UserError, store
+from mnist_mlp import champion, params, record
 from mnist_mlp.published import PUBLISHED
 from mnist_mlp.recipe import METRICS
+from stages import track
 from tests import project
-
-TRACK = (sys.executable, "-m", "stages.track")
-
-
-@pytest.fixture
-def repository(finished: Path, tmp_path: Path) -> Path:
-    """A finished repository in another place, with its MLflow store."""
-    return project.copy(finished, tmp_path / "repository")
-
-
-def client(folder: Path) -> mlflow.MlflowClient:
-    mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
-    return mlflow.MlflowClient()
 
 
 @pytest.mark.full
@@ -46,44 +33,31 @@ def test_going_back_trains_nothing_again_and_stages_from_the_cache_are_a_run_too
         assert (folder / name).read_bytes() == (finished / name).read_bytes(), name
 
 
-@pytest.mark.full
-def test_a_stage_that_is_renamed_leaves_no_trace(repository: Path) -> None:
-    """DVC keeps the old stage in dvc.lock."""
-    pipeline = repository / "dvc.yaml"
-    pipeline.write_text(pipeline.read_text().replace("  plot:\n    desc", "  draw:\n    desc"))
-    project.run(repository, "dvc", "repro")
-    assert {"plot", "draw"} <= lock.read_stages((repository / "dvc.lock").read_bytes()).keys()
-    pipeline.write_text(pipeline.read_text().replace("stages/plot.py", "stages/draw.py").replace("s.plot", "s.draw"))
-    (repository / "stages/plot.py").rename(repository / "stages/draw.py")
-    project.run(repository, "dvc", "repro")
-    project.run(repository, *TRACK)
-    project.commit(repository)
-    done = project.run(repository, sys.executable, "-m", "mnist_mlp.verdict", "--check")
-    assert "reproduced: model" in done.stdout
-
-
-@pytest.mark.full
-def test_evaluate_register_false_leaves_the_registry_alone(repository: Path) -> None:
-    client(repository).delete_registered_model(record.NAME)
-    project.edit(repository, {"evaluate.register": False})
-    assert "not registered: evaluate.register is false" in project.run(repository, "dvc", "repro").stdout
-    assert client(repository).search_registered_models() == []
-    for command in (("predict", "any.png"), ("verify", f"models:/{record.NAME}@{registry.CHAMPION}")):
-        done = project.run(repository, sys.executable, "-m", f"mnist_mlp.{command[0]}", command[1], check=False)
-        assert done.stderr.endswith(
-            "; params.yaml: evaluate.register is false; set it to true, then run `make repro`\n"
-        )
-
-
-@pytest.mark.full
-def test_a_missed_target_is_said_and_there_is_no_champion(repository: Path) -> None:
-    client(repository).delete_registered_model(record.NAME)
-    project.edit(repository, {"evaluate.target_accuracy": 0.999})
-    output = project.run(repository, "dvc", "repro").stdout
-    assert "not registered, because the target is missed; there is no champion of these data" in output
-    done = project.run(repository, sys.executable, "-m", "mnist_mlp.predict", "any.png", check=False)
-    assert "; the results miss the target, " in done.stderr
-    assert "so there is no champion; change params.yaml, then run `make repro`\n" in done.stderr
+def test_without_a_champion_it_is_said_why_and_what_to_do(
+    finished: Path, tmp_path: Path, enter: Callable[[Path], None]
+) -> None:
+    folder = project.copy(finished, tmp_path / "repository")
+    enter(folder)
+    (run,) = project.runs(folder)
+    mlflow.MlflowClient().delete_registered_model(record.NAME)
+    cases: list[tuple[dict[str, object], str, str]] = [
+        (
+            {"evaluate.register": False},
+            "not registered: evaluate.register is false",
+            "params.yaml: evaluate.register is false; set it to true, then run `make repro`",
+        ),
+        (
+            {"evaluate.register": True, "evaluate.target_accuracy": 0.999},
+            "not registered, because the target is missed; there is no champion of these data",
+            "the results miss the target, .*, so there is no champion; change params.yaml, then run `make repro`",
+        ),
+    ]
+    for edit, decision, advice in cases:
+        project.edit(folder, edit)
+        assert track.decide(run, params.load()) == decision
+        assert mlflow.MlflowClient().search_registered_models() == []
+        with pytest.raises(UserError, match=f"^MLflow has no usable .*; {advice}$"):
+            champion.load()
 
 
 @pytest.fixture

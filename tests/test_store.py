@@ -1,7 +1,6 @@
 """MLflow's store: who only reads it leaves it as it is, and who is refused is told what helps."""
 
 import os
-import re
 import shlex
 import signal
 import sys
@@ -14,25 +13,26 @@ from alembic import command
 from mlflow.store.db.utils import _get_alembic_config
 
 import lineage
-from lineage import UserError, store
+from lineage import UserError, registry, store
 from tests import project
 from tests.loopback import silent
+from tests.toy import toy
 
-TRACK = (sys.executable, "-m", "stages.track")
-READERS = ("verify", "predict")
+TOY = (sys.executable, "-m", "toy")
+CHAMPION = f"models:/{toy.NAME}@{registry.CHAMPION}"
+LOAD = """if True:
+    import mlflow, lineage, toy
+    from lineage import registry
+    load = registry.load_champion
+    lineage.run_command(lambda: load(toy.NAME, toy.dataset().digest, "", mlflow.pyfunc.load_model, str))"""
 
 
 @pytest.fixture
-def repository(finished: Path, tmp_path: Path) -> Path:
-    """A finished repository with its store, and a picture to read."""
-    folder = project.copy(finished, tmp_path / "repository")
-    project.run(folder, *TRACK)  # the copy is the store's place now
-    project.draw_picture(folder / "picture.png")
+def repository(fitted: Path, tmp_path: Path) -> Path:
+    """The project in tests/toy with its store, and the commands of the link."""
+    folder = project.copy(fitted, tmp_path / "repository")
+    project.run(folder, *TOY, "track")  # the copy is the store's place now
     return folder
-
-
-def read(folder: Path, command: str) -> tuple[str, ...]:
-    return (sys.executable, "-m", f"mnist_mlp.{command}", *(["picture.png"] if command == "predict" else []))
 
 
 @pytest.mark.full
@@ -40,14 +40,15 @@ def test_who_only_reads_may_do_so_on_a_read_only_disk_and_a_writer_gets_no_advic
     """In a mount namespace of its own: to root, who may write everywhere, permissions show nothing."""
     if project.run(repository, "unshare", "-rm", "true", check=False).returncode:
         pytest.skip("no mount namespaces here")
-    readers = " && ".join(shlex.join(read(repository, name)) for name in READERS)
-    script = f"mount --bind . . && mount -o remount,bind,ro . && cd . && cd $PWD && {readers} && {shlex.join(TRACK)}"
+    commands = [[*TOY, "prove", CHAMPION], [sys.executable, "-c", LOAD], [*TOY, "track"]]
+    script = (
+        f"mount --bind . . && mount -o remount,bind,ro . && cd . && cd $PWD && {' && '.join(map(shlex.join, commands))}"
+    )
     done = project.run(repository, "unshare", "-rm", "sh", "-c", script, check=False)
-    assert "identical: run" in done.stdout
-    assert re.search(r"^picture.png: \d+, probability", done.stdout, re.MULTILINE)
-    (line,) = done.stderr.splitlines()
+    assert done.stdout.endswith("identical\n")
+    line = done.stderr.splitlines()[-1]
     assert done.returncode == 1
-    assert line.startswith("track: MLflow at sqlite:///")
+    assert line.startswith("toy: MLflow at sqlite:///")
     assert line.endswith("you may not write there: work in a clone of your own")
 
 
@@ -76,14 +77,14 @@ def test_the_store_of_an_older_mlflow_is_left_as_it_is_until_the_user_has_upgrad
     command.downgrade(_get_alembic_config(address), "-1")
     before = (repository / "mlflow.db").read_bytes()
     advice = f"keep a copy of the file, and type: mlflow db upgrade '{address}'"
-    for name, one in {"track": TRACK, **{name: read(repository, name) for name in READERS}}.items():
+    for one in ([*TOY, "track"], [*TOY, "prove", CHAMPION], [sys.executable, "-c", LOAD]):
         done = project.run(repository, *one, check=False)
-        assert (done.returncode, done.stdout) == (2 if name == "verify" else 1, "")
+        assert (done.returncode, done.stdout) == (1, "")
         reason = f"{address} is of another MLflow release than {mlflow.__version__}; if of a newer one, use that"
-        assert done.stderr == f"{name}: {reason}; if of an older one, {advice}\n"
+        assert done.stderr.partition(": ")[2] == f"{reason}; if of an older one, {advice}\n"
     assert (repository / "mlflow.db").read_bytes() == before
     project.run(repository, *shlex.split(advice.partition(": ")[2]))
-    assert "was complete" in project.run(repository, *TRACK).stdout
+    assert "was complete" in project.run(repository, *TOY, "track").stdout
 
 
 def test_a_proxy_that_catches_a_server_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,15 +102,14 @@ def test_a_proxy_that_catches_a_server_is_named(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.full
 def test_no_variable_of_mlflow_but_the_servers_steers_a_run(repository: Path) -> None:
     """Notebooks, clouds and `mlflow run` export the id of a run: that run stays as it was."""
-    (victim,) = project.runs(repository)
-    before = victim.to_dictionary()
-    project.edit(repository, {"train.lr": 0.05})
+    mlflow.set_tracking_uri(f"sqlite:///{repository}/mlflow.db")
+    (victim,) = store.search(toy.NAME, "")
     steering = {"RUN_ID": victim.info.run_id, "RUN_NAME": "theirs", "EXPERIMENT_NAME": "theirs", "EXPERIMENT_ID": "7",
                 "ENABLE_SYSTEM_METRICS_LOGGING": "true", "RUN_CONTEXT": '{"theirs": "1"}'}  # fmt: skip
     env = project.environment(**{f"MLFLOW_{name}": value for name, value in steering.items()})
-    project.run(repository, "dvc", "repro", env=env)
-    new, old = project.runs(repository)
-    assert old.to_dictionary() == before
+    project.run(repository, *TOY, "fit", env=env)
+    new, old = store.search(toy.NAME, "")
+    assert old.to_dictionary() == victim.to_dictionary()
     assert (new.info.status, new.info.run_name[:5]) == ("FINISHED", "main-")
     assert "theirs" not in new.data.tags
     assert not any(name.startswith("system/cpu") for name in new.data.metrics)

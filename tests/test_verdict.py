@@ -208,11 +208,13 @@ def test_committed_code_is_named_if_dvc_lock_is_of_an_older_one(repository: Path
 @pytest.mark.full
 def test_a_merge_with_conflicts_is_one_line_and_its_advice_ends_it(tried: Path, tmp_path: Path) -> None:
     repository = project.copy(tried, tmp_path / "repository", store=False)
-    other: dict[str, object] = {"evaluate.batch_size": 100}
-    for branch, edit in (("one", project.TRIED), ("two", other)):
+    other: dict[str, object] = {"plot.dpi": 80}
+    for branch, edit in (("one", other), ("two", project.TRIED)):  # the second one's results are in the cache
         project.run(repository, "git", "checkout", "--quiet", "-b", branch, "main")
         project.edit(repository, edit)
         project.run(repository, "dvc", "repro")
+        if branch == "one":
+            (repository / "results/metrics.json").write_text("{}\n")
         (repository / "study/dvc.lock").write_text(f"schema: '2.0'\nstages: {{}}  # {branch}\n")
         project.commit(repository)
     assert project.run(repository, "git", "merge", "one", check=False).returncode == 1
@@ -230,7 +232,7 @@ def test_a_merge_with_conflicts_is_one_line_and_its_advice_ends_it(tried: Path, 
     project.commit(repository)
     assert REPRODUCED in check(repository).stdout
     config = params.load(repository / "params.yaml")
-    assert (config.train.lr, config.evaluate.batch_size) == (0.05, 100)
+    assert (config.train.lr, config.plot.dpi) == (0.05, 80)
 
 
 def test_git_that_fails_is_not_taken_for_a_repository_without_results(repository: Path) -> None:
