@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from decimal import Decimal, localcontext
 from fractions import Fraction
+from functools import reduce
 
 import numpy as np
 import pytest
@@ -105,12 +106,30 @@ def test_terms_that_cancel_leave_nothing_behind_in_any_order(length: int) -> Non
         # In the gradients: a sum over the outputs, and two over the batch.
         model = layer(7, equal_signs(1, 7).repeat(2 * length, 1), None)
         image = equal_signs(1, 7).requires_grad_()
-        model(image).backward(signs.t())
+        model(image).backward(signs.t() * equal_signs(1, length).repeat(1, 2)[:, order])
         assert same_bits(image.grad, torch.zeros(1, 7))
         model = layer(7, equal_signs(OUTPUTS, 7), torch.zeros(OUTPUTS))
         model(equal_signs(length, 7).repeat(2, 1)[order]).backward(signs * equal_signs(1, OUTPUTS))
         assert same_bits(model.weight.grad, torch.zeros(OUTPUTS, 7))
         assert same_bits(model.bias.grad, torch.zeros(OUTPUTS))
+
+
+def test_the_gradient_of_cross_entropy_is_that_of_single_operations_in_their_order() -> None:
+    """Python's floats are IEEE 754's, too."""
+
+    def exp(x: float) -> float:
+        k = round(x / (exact.LN2_HIGH + exact.LN2_LOW))
+        r = x - k * exact.LN2_HIGH - k * exact.LN2_LOW
+        return math.ldexp(reduce(lambda result, coefficient: result * r + coefficient, exact.TAYLOR), k)
+
+    torch.manual_seed(1)
+    scores, labels = 8 * torch.randn(64, 10, dtype=torch.float64), torch.randint(10, (64,))
+    exact.cross_entropy(scores.requires_grad_(), labels).backward()
+    assert scores.grad is not None
+    for row, label, gradient in zip(scores.tolist(), labels.tolist(), scores.grad.tolist(), strict=True):
+        powers = [exp(score - max(row)) for score in row]
+        total = reduce(lambda left, right: left + right, powers)
+        assert gradient == [(power / total - (digit == label)) / 64 for digit, power in enumerate(powers)]
 
 
 def test_a_sum_of_zeros_is_a_positive_zero() -> None:
