@@ -1,6 +1,6 @@
 """``dvc.lock``: what DVC has recorded of each stage - its parameters, what it depends on, and what it has made."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +62,15 @@ def read_stages(content: bytes) -> dict[str, Any]:
     """Give the stages of ``dvc.lock`` or ``dvc.yaml``, read as DVC does: for other readers of YAML, 1e-05 is text.
 
     Raises:
-        UserError: it is not such a file, such as in a merge with conflicts.
+        UserError: it is not such a file, such as in a merge with conflicts, or a stage stands for several.
     """
     try:
         stages: dict[str, Any] = YAML(typ="safe").load(content)["stages"]
-    except (YAMLError, TypeError, KeyError):
+        templates = [name for name, stage in stages.items() if {"foreach", "matrix"} & stage.keys()]
+    except (YAMLError, TypeError, KeyError, AttributeError):
         raise UserError(f"dvc.lock or dvc.yaml {DAMAGED}") from None
+    if templates:
+        raise UserError(f"dvc.yaml: stage {templates[0]} is a foreach or matrix, which is not read here; write it out")
     return stages
 
 
@@ -78,10 +81,17 @@ def read_params(content: bytes) -> dict[str, object]:
         UserError: it is not such a file.
     """
     try:
-        sections = YAML(typ="safe").load(content)
-        return {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
+        return dict(_flat(YAML(typ="safe").load(content)))
     except (YAMLError, AttributeError, ValueError):
-        raise UserError("params.yaml holds no sections of parameters") from None
+        raise UserError("params.yaml holds no parameters by name") from None
+
+
+def _flat(values: Mapping[str, Any], section: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{section}{key}.")
+        else:
+            yield f"{section}{key}", value
 
 
 def locked_stages(lock: bytes, pipeline: bytes) -> dict[str, Any]:
@@ -106,5 +116,5 @@ def parameters(stages: dict[str, Any]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for stage in stages.values():
         for key, value in stage.get("params", {}).get("params.yaml", {}).items():
-            values |= {key: value} if "." in key else {f"{key}.{name}": item for name, item in value.items()}
+            values |= dict(_flat({key: value}))
     return values

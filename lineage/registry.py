@@ -3,7 +3,7 @@
 import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 from io import StringIO
 from typing import Any
 
@@ -110,25 +110,29 @@ def load_champion(
     except (MlflowException, OSError) as error:
         raise _unusable(uri(model), error, advice) from None
     if facts.get(runs.DATA) != data:
-        raise UserError(f"{uri(model)}, version {version.version}, was made from {other_data}; {advice()}")
+        origin = other_data if runs.DATA in facts else "data that nothing names"
+        raise UserError(f"{uri(model)}, version {version.version}, was made from {origin}; {advice()}")
     return version, load(uri(model), loader, advice)
 
 
 def load(address: str, loader: Callable[..., Any], advice: Callable[[], str]) -> Any:
-    """Load a model from MLflow.
+    """Load a model from MLflow, as a whole: its files are no longer there when this returns.
 
     Args:
         address: of the model, such as ``models:/NAME@ALIAS``.
-        loader: MLflow's function that loads a model of its kind.
+        loader: MLflow's function that loads a model of its kind, with the argument ``dst_path``.
         advice: says what to do if there is none.
 
+    Returns:
+        What the loader gives.
+
     Raises:
-        UserError: there is no such model, or its files are lost, damaged or unsafe.
+        UserError: there is no such model, or it cannot be loaded.
     """
     try:
         with tempfile.TemporaryDirectory() as copy:  # MLflow writes a file beside the model that it loads
             return loader(address, dst_path=copy)
-    except (MlflowException, OSError, RuntimeError) as error:
+    except Exception as error:  # a damaged file can raise anything
         raise _unusable(address, error, advice) from None
 
 
@@ -177,4 +181,8 @@ def _is_complete(run_id: str | None) -> bool:
 def _merit(version: ModelVersion, ranks: Sequence[str]) -> tuple[int, float]:
     """Say by which metric a version is ranked, the first being the highest, and its value."""
     facts = _facts(version)
-    return max(((-place, float(facts[name])) for place, name in enumerate(ranks) if name in facts), default=(-99, 0.0))
+    for place, name in enumerate(ranks):
+        with suppress(KeyError, ValueError):  # a tag can be set by hand
+            if 0 <= (value := float(facts[name])) <= 1:  # and a metric can be NaN
+                return -place, value
+    return -len(ranks), 0.0

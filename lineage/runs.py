@@ -309,11 +309,10 @@ def model_of(run: Run) -> str | None:
 
 
 def is_whole(model_id: str) -> bool:
-    """Look whether a logged model has every file in the size that it had when it was stored."""
+    """Look whether a logged model of the pipeline has every file in the size that it had when it was stored."""
     try:
-        recorded = json.loads(mlflow.get_logged_model(model_id).tags.get(FILES, "{}"))  # none if it is not of ours
-        files = _files(model_id)
-        return bool(files) and recorded.items() <= files.items()
+        stored = json.loads(mlflow.get_logged_model(model_id).tags.get(FILES, "{}"))  # none if it is not of ours
+        return bool(stored) and stored.items() <= _files(model_id).items()
     except (MlflowException, OSError):
         return False
 

@@ -157,8 +157,8 @@ def _other_layers(config: Params) -> str:
         names = ", ".join(sorted(layer.__name__ for layer in layers))
         return f"{names}: of all layers, only Linear of recipe/exact.py has the same bytes on every kind of processor"
     return (
-        "unknown; parameters, code and versions are as they should be. Please report this with the names of both "
-        f"machines; this one has the processor {lineage.cpu()} ({platform.machine()})"
+        "unknown; parameters, code and versions are as they should be. docs/bytes.md names the machines that gave the "
+        f"committed bytes, and this one is {lineage.cpu()} ({platform.machine()}). Please report both"
     )
 
 

@@ -149,9 +149,19 @@ def test_another_code_is_another_run_with_the_change_that_is_not_committed(repos
     assert re.findall(r"^diff --git a/(\S+)", patch_of(new), re.MULTILINE) == ["lineage/new.py", "toy.py"]
     assert "+TWICE = 2" in patch_of(new)
 
+    Path(new.info.artifact_uri.removeprefix("file://"), runs.PATCH).unlink()
+    toy.track()
+    assert "+TWICE = 2" in patch_of(found()[0])
     project.commit(repository)
     toy.track()
     assert len(found()) == 2  # the commit holds what the run has, so it is the same state
+
+
+def test_parameters_are_named_as_dvc_names_them_however_deep_they_lie() -> None:
+    expected = {"seed": 1, "fit.lr": 1e-5, "fit.line.slope": 2}
+    assert lock.read_params(b"seed: 1\nfit:\n  lr: 1e-05\n  line:\n    slope: 2\n") == expected
+    stages = [{"seed": 1, "fit": {"lr": 1e-5}}, {"fit.line": {"slope": 2}}, {"fit.line.slope": 2}]
+    assert lock.parameters({str(n): {"params": {"params.yaml": used}} for n, used in enumerate(stages)}) == expected
 
 
 def test_a_stage_that_dvc_yaml_no_longer_has_is_no_part_of_the_state(repository: Path) -> None:
@@ -171,8 +181,12 @@ def test_a_stage_that_dvc_yaml_no_longer_has_is_no_part_of_the_state(repository:
         (toy.MODEL.unlink, "results/line.json is missing; run `dvc repro`"),
         (lambda: Path("dvc.lock").unlink(), "there is no dvc.lock, so there are no results yet; run `dvc repro`"),
         (lambda: Path("dvc.lock").write_text("<<<<<<<"), "dvc.lock or dvc.yaml is damaged, or in a merge; run `git"),
+        (
+            lambda: Path("dvc.yaml").write_text("stages: {fit: {matrix: {a: [1]}, cmd: 'true'}}"),
+            "dvc.yaml: stage fit is a foreach or matrix, which is not read here; write it out",
+        ),
     ],
-    ids=["parameter", "result", "lost", "no lock", "merge"],
+    ids=["parameter", "result", "lost", "no lock", "merge", "matrix"],
 )
 def test_results_of_another_state_are_refused(repository: Path, damage: Callable[[], object], reason: str) -> None:
     damage()
@@ -521,11 +535,34 @@ def test_the_best_version_becomes_champion_and_of_equal_ones_the_first_stays(rep
     assert alias() == "1"
 
 
-def test_a_version_without_figures_gives_way_to_one_that_has_them(repository: Path) -> None:
+def test_a_version_without_figures_or_of_another_kind_gives_way_to_one_of_the_pipeline(repository: Path) -> None:
     unknown = by_hand({runs.DATA: toy.dataset().digest})
+    with mlflow.start_run(only().info.run_id):
+        other = mlflow.pyfunc.log_model(
+            name="other", python_model=lambda model_input: model_input, pip_requirements=["mlflow"]
+        )
+    tags = {runs.DATA: toy.dataset().digest, "accuracy": "1.0"}
+    foreign = str(mlflow.register_model(other.model_uri, toy.NAME, tags=tags).version)
+    wrong = [by_hand({runs.DATA: toy.dataset().digest, "accuracy": text}) for text in ("nan", "1.5", "97 %")]
+    for version in (unknown, foreign, *wrong):
+        client().set_registered_model_alias(toy.NAME, registry.CHAMPION, version)
+        toy.track()
+        assert alias() == "1"
+    best = registry.crown(toy.NAME, toy.dataset().digest, ["another", "accuracy"])
+    assert best
+    assert str(best.version) == "1"
+    assert runs.model_of(only()) != other.model_id
+
+
+def test_a_champion_of_which_nothing_tells_the_data_is_refused(repository: Path) -> None:
+    unknown = by_hand()
     client().set_registered_model_alias(toy.NAME, registry.CHAMPION, unknown)
-    toy.track()
-    assert alias() == "1"
+    client().delete_tag(only().info.run_id, runs.DATA)
+    reason = f"{CHAMPION}, version {unknown}, was made from data that nothing names; do this"
+    with pytest.raises(UserError, match=reason):
+        registry.load_champion(
+            toy.NAME, toy.dataset().digest, "other points", mlflow.pyfunc.load_model, lambda: "do this"
+        )
 
 
 def test_a_model_of_other_data_is_no_champion_and_is_neither_loaded_nor_proved(repository: Path) -> None:
@@ -584,6 +621,21 @@ def test_a_figure_that_does_not_come_out_again_is_shown_with_both_values(reposit
     ]
 
 
+def test_every_result_and_the_stored_model_are_compared(repository: Path, enter: Callable[[Path], None]) -> None:
+    (model,) = Path("mlruns").rglob("artifacts/line.json")
+    good = model.read_text()
+    model.write_text(good.replace("0", "1", 1))
+    locked = Path(only().info.artifact_uri.removeprefix("file://"), runs.LOCK)
+    (line,) = toy.prove(CHAMPION).difference[:1]
+    assert line.startswith("the MD5 of its predictions is ")
+    model.write_text(good)
+    enter(repository)  # the proof has left its clone's store open
+    digest = lock.results(lock.read_stages(locked.read_bytes()))[str(toy.METRICS)]
+    locked.write_text(locked.read_text().replace(digest, "f" * 32))
+    (line,) = toy.prove(CHAMPION).difference[:1]
+    assert line == f"{toy.METRICS} is {'f' * 32} in the run, {digest} here"
+
+
 def lose_files(run: Run) -> None:
     no_files()
 
@@ -601,7 +653,7 @@ def damage_patch(run: Run) -> None:
         (lambda run: client().delete_tag(run.info.run_id, runs.DIGEST), "recorded no dvc.lock.md5; `make repro`"),
         (lambda run: client().delete_tag(run.info.run_id, "git.commit"), "is none of the pipeline's"),
         (lambda run: client().set_terminated(run.info.run_id, "KILLED"), "is KILLED, not finished; `make track` makes"),
-        (lose_files, "the files of run .* are lost; `make track` makes a run of the present results"),
+        (lose_files, "the files of run .* are lost, and its proof; `make track` makes a run of the present"),
         (damage_patch, r"its uncommitted.patch.txt is damaged"),
     ],
     ids=["code unknown", "other repository", "incomplete", "foreign", "killed", "files lost", "patch damaged"],

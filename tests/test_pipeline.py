@@ -14,8 +14,9 @@ import pytest
 import torch
 import yaml
 
+import lineage
 from lineage import UserError
-from mnist_mlp import params
+from mnist_mlp import params, verify
 from mnist_mlp.published import published_history
 from mnist_mlp.recipe import data, net, training
 from mnist_mlp.recipe.history import FIGURES
@@ -91,6 +92,8 @@ def test_the_tracked_model_takes_raw_images_and_predicts_what_the_pipeline_did(f
     assert probabilities.shape == (data.SIZES["t10k"], data.CLASSES)
     assert np.array_equal(probabilities.argmax(1), predictions["predicted"])
     assert np.allclose(probabilities.max(1), predictions["probability"], atol=2e-6)
+    weights = lineage.md5((finished / "results/model.safetensors").read_bytes())
+    assert verify.hash_model(uri)["the MD5 of the stored model's weights"] == weights
     files = list((finished / "mlruns").rglob("*"))
     assert any(file.suffix == ".pt2" for file in files)
     assert not any(file.suffix in (".pkl", ".pickle", ".pth") for file in files)
