@@ -232,7 +232,7 @@ def _expected(run: Run, folder: Path) -> Values:
         recorded_lock = Path(mlflow.MlflowClient().download_artifacts(identity, runs.LOCK, str(folder)))
     except (MlflowException, OSError):
         raise UserError(
-            f"the files of run {identity} are lost, and its proof; `make track` makes a run of the present results"
+            f"the files of run {identity} are lost, so it has no proof; `make track` makes a run of the present results"
         ) from None
     return _results(lock.read_stages(recorded_lock.read_bytes()), f"run {identity}")
 

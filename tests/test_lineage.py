@@ -365,6 +365,18 @@ def test_a_training_of_an_experiment_of_dvc_is_left_to_that_experiment(
     assert_complete(ours)
 
 
+def test_one_process_at_a_time_looks_for_the_run_of_a_state(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else two that come at once would each write one."""
+    choose = runs._choose
+
+    def choose_alone(*found: Any) -> Run | None:
+        assert store.lock().is_locked
+        return choose(*found)
+
+    monkeypatch.setattr(runs, "_choose", choose_alone)
+    toy.track()
+
+
 def test_a_run_whose_commit_is_gone_gets_the_present_one(repository: Path) -> None:
     """As after `git commit --amend`, when Git has cleaned up, or in a colleague's clone."""
     client().set_tag(only().info.run_id, "git.commit", "0" * 40)
@@ -597,9 +609,14 @@ def test_a_run_is_proved_with_a_change_that_was_committed_only_after_it_and_noth
     project.commit(repository)
     project.edit(repository, {"fit.lr": 0.5})
     identity = found()[0].info.run_id
-    files = {path: path.read_bytes() for path in repository.rglob("*") if path.is_file() and ".git" not in path.parts}
+
+    def files() -> dict[Path, bytes]:
+        found = (path for path in repository.rglob("*") if path.is_file())
+        return {path: path.read_bytes() for path in found if {".git", "__pycache__"}.isdisjoint(path.parts)}
+
+    before = files()
     assert toy.prove(identity).difference == []
-    assert {path: path.read_bytes() for path in files} == files
+    assert files() == before
 
 
 def test_a_figure_that_does_not_come_out_again_is_shown_with_both_values(repository: Path) -> None:
@@ -653,7 +670,7 @@ def damage_patch(run: Run) -> None:
         (lambda run: client().delete_tag(run.info.run_id, runs.DIGEST), "recorded no dvc.lock.md5; `make repro`"),
         (lambda run: client().delete_tag(run.info.run_id, "git.commit"), "is none of the pipeline's"),
         (lambda run: client().set_terminated(run.info.run_id, "KILLED"), "is KILLED, not finished; `make track` makes"),
-        (lose_files, "the files of run .* are lost, and its proof; `make track` makes a run of the present"),
+        (lose_files, "the files of run .* are lost, so it has no proof; `make track` makes a run of the present"),
         (damage_patch, r"its uncommitted.patch.txt is damaged"),
     ],
     ids=["code unknown", "other repository", "incomplete", "foreign", "killed", "files lost", "patch damaged"],
