@@ -25,7 +25,7 @@ def load() -> tuple[ModelVersion, Classifier]:
         (N, CLASSES), float32; any N from 1.
 
     Raises:
-        UserError: no MLflow store is available, or no champion in it, or its files are lost, damaged or unsafe.
+        UserError: no MLflow store is available, or no champion in it, or it cannot be loaded.
     """
     import torch
 

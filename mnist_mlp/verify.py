@@ -56,7 +56,7 @@ def hash_model(uri: str) -> dict[str, str]:
     """Hash the weights of a stored model, and what it computes: right weights can stand in a wrong graph.
 
     Raises:
-        UserError: its files are lost, damaged or unsafe.
+        UserError: there is no such model, or it cannot be loaded.
     """
     import safetensors.torch  # here: a refusal needs no PyTorch, which takes seconds to load
     import torch

@@ -577,6 +577,13 @@ def test_a_champion_of_which_nothing_tells_the_data_is_refused(repository: Path)
         )
 
 
+def test_a_model_whose_files_are_damaged_is_one_line(repository: Path) -> None:
+    (description,) = Path("mlruns").rglob("artifacts/MLmodel")
+    os.truncate(description, 10)
+    with pytest.raises(UserError, match=f"^MLflow has no usable {CHAMPION}: .*; `python -m toy track` makes it$"):
+        toy.hash_model(CHAMPION)
+
+
 def test_a_model_of_other_data_is_no_champion_and_is_neither_loaded_nor_proved(repository: Path) -> None:
     """As after a change of the data set, or with two data sets on one server."""
     run = only()
