@@ -287,7 +287,6 @@ def imports(module: str, found: frozenset[Path] = frozenset()) -> frozenset[Path
         ("results/history.csv", [sys.executable, "-m", "stages.train"]),
         ("results/metrics.json", [sys.executable, "-m", "stages.evaluate"]),
         ("results/plots/test_acc.png", [*ONE_STAGE, "plot"]),
-        ("results/predictions.csv", [*ONE_STAGE, "evaluate"]),
         ("results/model.safetensors", [*ONE_STAGE, "train"]),
         (f"{data.RAW}/t10k-labels-idx1-ubyte", [*ONE_STAGE, "download"]),
     ],

@@ -57,9 +57,10 @@ def postgres() -> Iterator[str]:
 
 def server(database: str, folder: Path, port: int) -> AbstractContextManager[Server]:
     """Run an MLflow server over a database, with the artifacts in a folder."""
+    env = project.environment(MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false")  # eight more processes, for other purposes
     return running(
         "mlflow", "server", "--port", "{port}", "--workers", "1", "--backend-store-uri", database,
-        "--artifacts-destination", str(folder / "artifacts"), port=port, cwd=folder, env=project.environment(),
+        "--artifacts-destination", str(folder / "artifacts"), port=port, cwd=folder, env=env,
     )  # fmt: skip
 
 

@@ -366,18 +366,20 @@ def test_a_cluster_gives_the_same_bytes_though_a_worker_dies_and_others_are_not_
 
 
 @full
-def test_new_code_reaches_workers_that_have_run_a_study_before(repository: Path, dask_cluster: Cluster) -> None:
+def test_new_code_reaches_workers_that_have_run_a_study_before(
+    repository: Path, enter: Callable[[Path], None], dask_cluster: Cluster
+) -> None:
+    enter(repository)
+    config = params.load()
     dask_cluster.worker()
-    project.edit(repository, {"study.seeds": 1})
-    forget(repository)
-    project.run(repository, *REPLICATE, env=dask_cluster.env)
-    before = rows(repository)
-    training = repository / "mnist_mlp/recipe/training.py"
-    training.write_text(
-        training.read_text().replace("manual_seed(config.train.seed)\n    return", "manual_seed(7)\n    return")
-    )
-    project.run(repository, *REPLICATE, env=dask_cluster.env)
-    assert rows(repository)[0]["model_md5"] != before[0]["model_md5"]
+    with dask.config.set({"scheduler-address": dask_cluster.env["DASK_SCHEDULER_ADDRESS"]}):
+        ((_, before),) = cluster.run_all([config])
+        code = Path("mnist_mlp/recipe/training.py")
+        code.write_text(
+            code.read_text().replace("manual_seed(config.train.seed)\n    return", "manual_seed(7)\n    return")
+        )
+        ((_, after),) = cluster.run_all([config])
+    assert before.model_md5 != after.model_md5
 
 
 @full
@@ -404,15 +406,15 @@ def test_a_worker_that_dies_costs_its_run_only_while_the_others_go_on(studied: P
 
 
 @full
-def test_a_run_in_which_every_worker_dies_is_named(repository: Path) -> None:
-    forget(repository)
+def test_a_run_in_which_every_worker_dies_is_named(repository: Path, enter: Callable[[Path], None]) -> None:
+    enter(repository)
     change_training(repository, "if config.train.seed == 2: import os; os._exit(9)")
-    done = project.run(repository, *REPLICATE, check=False)
     line = (
-        "replicate: 3 workers have died in the run seed 2, perhaps by too little memory; "
-        "start fewer on a machine, then run this again; `make study` keeps finished runs\n"
+        "^3 workers have died in the run seed 2, perhaps by too little memory; "
+        "start fewer on a machine, then run this again; `make study` keeps finished runs$"
     )
-    assert (done.returncode, done.stderr) == (1, line)
+    with pytest.raises(UserError, match=line):
+        list(cluster.run_all(plan.configs(params.load())))
 
 
 def change_training(folder: Path, statement: str) -> None:
@@ -422,22 +424,33 @@ def change_training(folder: Path, statement: str) -> None:
 
 
 @full
-def test_a_worker_with_a_full_disk_is_left_out(repository: Path, dask_cluster: Cluster, tmp_path: Path) -> None:
+def test_a_worker_with_a_full_disk_is_left_out(
+    repository: Path,
+    enter: Callable[[Path], None],
+    dask_cluster: Cluster,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """In a mount namespace of its own, where its folder is a small file system."""
     if project.run(tmp_path, "unshare", "-rm", "true", check=False).returncode:
         pytest.skip("no mount namespaces here")
-    forget(repository)
+    enter(repository)
     dask_cluster.worker()
     small = tmp_path / "small"
     small.mkdir()
     options = f"--scheduler-file {dask_cluster.file} --no-dashboard --no-nanny --nthreads 1 --host 127.0.0.1"
     command = f"mount -t tmpfs -o size=4m tmpfs {small} && exec dask worker {options} --local-directory {small}"
-    with subprocess.Popen(
-        ["unshare", "-rm", "sh", "-c", command], cwd=tmp_path, env=project.environment(), stderr=subprocess.DEVNULL
-    ) as worker:
-        done = project.run(repository, *REPLICATE, env=dask_cluster.env)
+    address = dask_cluster.env["DASK_SCHEDULER_ADDRESS"]
+    with (
+        dask.config.set({"scheduler-address": address}),
+        subprocess.Popen(
+            ["unshare", "-rm", "sh", "-c", command], cwd=tmp_path, env=project.environment(), stderr=subprocess.DEVNULL
+        ) as worker,
+    ):
+        assert len(list(cluster.run_all(plan.configs(params.load())))) == SEEDS
         worker.kill()
-    assert re.fullmatch(r"worker \S+ is left out: OSError: \[Errno 28\] No space left on device\n", done.stderr)
+    errors = capsys.readouterr().err
+    assert re.fullmatch(r"worker \S+ is left out: OSError: \[Errno 28\] No space left on device\n", errors)
 
 
 @pytest.mark.parametrize("address", ["foo", "tcp://127.0.0.1", "http://127.0.0.1", "tls://127.0.0.1"])
@@ -472,31 +485,38 @@ def test_ctrl_c_is_not_lost_while_the_local_cluster_starts(monkeypatch: pytest.M
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # if it came by way of another thread
 
 
+def test_a_scheduler_without_workers_and_one_that_is_not_there_are_one_line(
+    mnist: Path, dask_cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cluster.WAIT <= 10  # the rest of the promised 20 seconds are for the imports
+    monkeypatch.setattr(cluster, "WAIT", 1.0)
+    config, address = params.load(ROOT / "params.yaml"), dask_cluster.env["DASK_SCHEDULER_ADDRESS"]
+    for problem in ("has no worker; start one, ", r"does not answer \(.*\); start it, "):
+        line = f"^the scheduler at DASK_SCHEDULER_ADDRESS={address} {problem}then run this again; `make study` keeps"
+        with dask.config.set({"scheduler-address": address}), pytest.raises(UserError, match=line):
+            next(cluster.run_all([config]))
+        dask_cluster.stop()
+    gc.collect()  # a client that could not connect closes itself when it is collected, and waits if another just starts
+
+
 @full
-@pytest.mark.parametrize("scheduler", ["none", "without workers", "lost"])
-def test_a_cluster_that_is_not_there_is_one_line(repository: Path, dask_cluster: Cluster, scheduler: str) -> None:
+def test_a_scheduler_that_is_lost_is_one_line(repository: Path, dask_cluster: Cluster) -> None:
     forget(repository)
-    env = dask_cluster.env
-    if scheduler == "none":
-        dask_cluster.stop()
-    if scheduler == "lost":
-        dask_cluster.worker()
-        change_training(repository, "if config.train.seed > 1: import time; time.sleep(600)")
+    dask_cluster.worker()
+    change_training(repository, "if config.train.seed > 1: import time; time.sleep(600)")
     process = subprocess.Popen(
-        REPLICATE, cwd=repository, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        REPLICATE, cwd=repository, env=dask_cluster.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    if scheduler == "lost":
-        while not list((repository / "study/runs").glob("*.json")):
-            assert process.poll() is None
-            time.sleep(0.01)
-        dask_cluster.stop()
+    while not list((repository / "study/runs").glob("*.json")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    dask_cluster.stop()
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
-    (line,) = errors.splitlines()
-    assert line.startswith("replicate: ")
-    assert env["DASK_SCHEDULER_ADDRESS"] in line
-    assert line.endswith("then run this again; `make study` keeps finished runs")
-    assert cluster.WAIT <= 10  # the rest of the promised 20 seconds are for the imports
+    line = f"replicate: the scheduler at DASK_SCHEDULER_ADDRESS={dask_cluster.env['DASK_SCHEDULER_ADDRESS']} does not "
+    assert errors.startswith(line)
+    assert errors.endswith("then run this again; `make study` keeps finished runs\n")
+    assert len(errors.splitlines()) == 1
 
 
 @full

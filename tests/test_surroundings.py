@@ -89,6 +89,7 @@ def test_dvc_keeps_no_experiment_in_a_shallow_clone_which_is_said(
     clone = tmp_path / "shallow"
     project.run(tmp_path, "git", "clone", "--quiet", "--depth", "1", f"file://{repository}", str(clone))
     shutil.copytree(repository / data.RAW, clone / data.RAW)
+    shutil.copytree(repository / ".dvc/cache", clone / ".dvc/cache")  # as `dvc pull` fills it
     project.run(clone, "git", "config", "user.name", "test")
     project.run(clone, "git", "config", "user.email", "test@localhost")
     experiment = ("dvc", "exp", "run", "--temp", "--name", "tried", "-S", "plot.dpi=80")

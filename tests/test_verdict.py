@@ -207,7 +207,7 @@ def test_committed_code_is_named_if_dvc_lock_is_of_an_older_one(repository: Path
 
 @pytest.mark.full
 def test_a_merge_with_conflicts_is_one_line_and_its_advice_ends_it(tried: Path, tmp_path: Path) -> None:
-    repository = project.copy(tried, tmp_path / "repository", store=False)
+    repository = project.copy(tried, tmp_path / "repository")
     other: dict[str, object] = {"plot.dpi": 80}
     for branch, edit in (("one", other), ("two", project.TRIED)):  # the second one's results are in the cache
         project.run(repository, "git", "checkout", "--quiet", "-b", branch, "main")

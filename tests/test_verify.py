@@ -2,7 +2,6 @@
 
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ from lineage import UserError, proof, registry
 from mnist_mlp import params, record
 from mnist_mlp import verify as verification
 from mnist_mlp.recipe import MODEL, data, net
+from stages import track
 from tests import project
 from tests.conftest import Call
 
@@ -28,10 +28,6 @@ CHAMPION = f"models:/{record.NAME}@{registry.CHAMPION}"
 def repository(finished: Path, tmp_path: Path) -> Path:
     """A finished repository to do things to."""
     return project.copy(finished, tmp_path / "repository")
-
-
-def verify(folder: Path, model: str) -> subprocess.CompletedProcess[str]:
-    return project.run(folder, sys.executable, "-m", "mnist_mlp.verify", model, check=False)
 
 
 class Flipped(torch.nn.Module):
@@ -88,7 +84,7 @@ def test_a_stored_model_that_computes_something_else_is_different(
     replace(Flipped(classifier))
     assert verification.hash_model(CHAMPION)[WEIGHTS] == right[WEIGHTS]
     mlflow.MlflowClient().set_tag(run.info.run_id, "torch", "1.0")
-    done = verify(repository, CHAMPION)
+    done = project.run(repository, sys.executable, "-m", "mnist_mlp.verify", CHAMPION, check=False)
     assert done.returncode == 1, done.stderr
     *_, difference, environment = done.stdout.splitlines()
     assert difference.startswith(PROBABILITIES)
@@ -107,36 +103,35 @@ def test_a_stored_model_that_computes_something_else_is_different(
 
 
 @pytest.mark.full
-def test_a_broken_store_is_no_answer_but_advice_that_works(repository: Path) -> None:
+def test_a_broken_store_is_no_answer_but_advice_that_works(
+    repository: Path, enter: Callable[[Path], None], call: Call
+) -> None:
+    enter(repository)
     database = repository / "mlflow.db"
     database.write_text("It was a dark and stormy night; the rain fell in torrents.")
-    done = verify(repository, CHAMPION)
     reason = f"MLflow at sqlite:///{database} refuses: file is not a database"
     advice = "it is damaged: move it away (its runs are in it), and `make track` makes one of the present results"
-    line = f"verify: {reason}; {advice}\n"
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", line)
-    done = project.run(repository, sys.executable, "-m", "stages.track", check=False)
-    assert (done.returncode, done.stderr) == (1, line.replace("verify", "track"))
+    assert call(verification.main, CHAMPION) == (2, "", f"verify: {reason}; {advice}\n")
+    with pytest.raises(UserError, match=re.escape(f"{reason}; {advice}")):
+        call(track.main)
     database.rename(repository / "damaged")
-    project.run(repository, sys.executable, "-m", "stages.track")
+    call(track.main)
     (run,) = project.runs(repository)
     assert proof.find(CHAMPION).info.run_id == run.info.run_id
 
 
 @pytest.mark.full
 def test_a_model_whose_files_are_lost_is_no_answer_but_advice_that_works(
-    repository: Path, monkeypatch: pytest.MonkeyPatch
+    repository: Path, enter: Callable[[Path], None], call: Call
 ) -> None:
-    project.run(repository, sys.executable, "-m", "stages.track")  # the copy is the store's place now
+    enter(repository)
+    call(track.main)  # the copy is the store's place now
     for folder in repository.glob("mlruns/models/*/artifacts"):
         shutil.rmtree(folder)
-    done = verify(repository, CHAMPION)
     reason = "No such artifact: 'MLmodel'; `make track` makes it from the results"
-    line = f"verify: MLflow has no usable {CHAMPION}: {reason}\n"
-    assert (done.returncode, done.stderr) == (2, line)
-    project.run(repository, sys.executable, "-m", "stages.track")
-    monkeypatch.chdir(repository)
-    mlflow.set_tracking_uri(f"sqlite:///{repository}/mlflow.db")
+    status, _, errors = call(verification.main, CHAMPION)
+    assert (status, errors) == (2, f"verify: MLflow has no usable {CHAMPION}: {reason}\n")
+    call(track.main)
     assert verification.hash_model(CHAMPION)[WEIGHTS] == lineage.md5(MODEL.read_bytes())
 
 
