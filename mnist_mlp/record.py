@@ -8,7 +8,7 @@ import mlflow
 import numpy as np
 from mlflow.data.http_dataset_source import HTTPDatasetSource
 from mlflow.data.meta_dataset import MetaDataset
-from mlflow.entities import ViewType
+from mlflow.entities import Run, ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 
@@ -83,6 +83,21 @@ def summary(config: Params, metrics: Mapping[str, float]) -> str:
         f"Test accuracy **{metrics['accuracy']:.2%}** of {data.SIZES['t10k']:,} images: target {target:.2%} {reached}. "
         f"Mean of batches {metrics['batch_mean_accuracy']:.4%}{published}."
     )
+
+
+def decide(run: Run, config: Params) -> str:
+    """Make the run's model a version if it reaches the target, decide who is champion, and say what came of it."""
+    if not config.evaluate.register_model:
+        return "not registered: evaluate.register is false"
+    state, version = "not registered, because the target is missed", None
+    if run.data.metrics["accuracy"] >= config.evaluate.target_accuracy:
+        version = registry.register(run, NAME, ABOUT, RANKS)
+        state = f"{NAME} version {version.version}"
+    champion = registry.crown(NAME, data.DIGEST, RANKS)
+    if champion is None:
+        return f"{state}; there is no champion of these data"
+    same = version and champion.version == version.version
+    return f"{state}, the champion" if same else f"{state}; the champion is version {champion.version}"
 
 
 def publish(experiment: str) -> None:

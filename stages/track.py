@@ -10,11 +10,8 @@ import os
 from functools import partial
 from pathlib import Path
 
-from mlflow.entities import Run
-
-from lineage import git, lock, registry, run_command, runs, write
+from lineage import git, lock, run_command, runs, write
 from mnist_mlp import params, record
-from mnist_mlp.params import Params
 from mnist_mlp.recipe import HISTORY, METRICS, MODEL, PLOTS, data
 
 TRACKED = Path("results/tracked")  # for DVC: which results this repository's MLflow store has
@@ -42,7 +39,7 @@ def main() -> None:
     )
     run, added = runs.track(record.training(config), recorded, results)
     record.publish(record.EXPERIMENT)
-    decision = decide(run, config)
+    decision = record.decide(run, config)
     write(TRACKED, run.data.tags[runs.DIGEST] + "\n")
     if news and not added:
         return
@@ -50,21 +47,6 @@ def main() -> None:
     print(f"{decision}\n{record.lead()}")
     if "DVC_EXP_NAME" in os.environ and not git.keeps_experiments():
         print("DVC keeps no experiment in a shallow clone, so only MLflow has it;\ntype `git fetch --unshallow`")
-
-
-def decide(run: Run, config: Params) -> str:
-    """Make the run's model a version if it reaches the target, decide who is champion, and say what came of it."""
-    if not config.evaluate.register_model:
-        return "not registered: evaluate.register is false"
-    state, version = "not registered, because the target is missed", None
-    if run.data.metrics["accuracy"] >= config.evaluate.target_accuracy:
-        version = registry.register(run, record.NAME, record.ABOUT, record.RANKS)
-        state = f"{record.NAME} version {version.version}"
-    champion = registry.crown(record.NAME, data.DIGEST, record.RANKS)
-    if champion is None:
-        return f"{state}; there is no champion of these data"
-    same = version and champion.version == version.version
-    return f"{state}, the champion" if same else f"{state}; the champion is version {champion.version}"
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from lineage import UserError, store
 from mnist_mlp import champion, params, record
 from mnist_mlp.published import PUBLISHED
 from mnist_mlp.recipe import METRICS
-from stages import track
 from tests import project
 
 
@@ -54,7 +53,7 @@ def test_without_a_champion_it_is_said_why_and_what_to_do(
     ]
     for edit, decision, advice in cases:
         project.edit(folder, edit)
-        assert track.decide(run, params.load()) == decision
+        assert record.decide(run, params.load()) == decision
         assert mlflow.MlflowClient().search_registered_models() == []
         with pytest.raises(UserError, match=f"^MLflow has no usable .*; {advice}$"):
             champion.load()
