@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlflow
+import psutil
 import yaml
 from mlflow.data.dataset import Dataset
 from mlflow.entities import LoggedModelOutput, Metric, Run
@@ -159,11 +160,7 @@ def _end_killed_runs(experiment: str) -> None:
     """Mark runs as killed whose process on this machine is gone and had no time to do so."""
     client = mlflow.MlflowClient()
     for run in store.search(experiment, f"attributes.status = 'RUNNING' and tags.host = '{platform.node()}'"):
-        try:
-            os.kill(int(run.data.tags["pid"]), 0)  # signal 0 only asks whether the process exists
-        except PermissionError:  # it exists, and is another user's
-            continue
-        except ProcessLookupError:
+        if not psutil.pid_exists(int(run.data.tags["pid"])):
             client.set_tag(run.info.run_id, MLFLOW_RUN_NOTE, "Its process was killed, or the machine went down.")
             client.set_terminated(run.info.run_id, "KILLED")
 

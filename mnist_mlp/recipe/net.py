@@ -1,10 +1,10 @@
 """The net: how it is built, what it reads, and how its weights are written."""
 
 import math
-import os
 from collections.abc import Sequence
 from itertools import chain, pairwise
 
+import psutil
 import safetensors
 import safetensors.torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ def mlp(hidden: Sequence[int]) -> nn.Sequential:
     Raises:
         UserError: the machine has too little memory for it.
     """
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    memory = psutil.virtual_memory().total
     widths = [math.prod(data.SHAPE), *hidden, data.CLASSES]
     needed = 2 * 4 * sum(n_in * n_out for n_in, n_out in pairwise(widths))  # float32, and its gradient
     if needed > memory:
