@@ -49,7 +49,12 @@ def patch() -> bytes | None:
 
     Returns:
         A patch for ``git apply``, empty if there are no changes; None if Git cannot tell.
+
+    Raises:
+        UserError: this folder lies inside of a repository, from which nothing could be run again.
     """
+    if inside := run("rev-parse", "--show-prefix").stdout.strip():
+        raise UserError(f"this is the folder {inside.decode()} of a Git repository; it needs a repository of its own")
     with tempfile.TemporaryDirectory() as folder:
         index = {"GIT_INDEX_FILE": str(Path(folder, "index"))}  # the user's own index stays as it is
         if run("read-tree", commit(), env=index).returncode or (code := _code(index)) is None:
@@ -72,9 +77,8 @@ def changed_files(patch: bytes) -> list[str]:
 
 def _code(index: dict[str, str] | None = None) -> list[str] | None:
     """List the files that stages depend on, but for results and what Git ignores; None if Git fails."""
-    stages = lock.read_stages(Path("dvc.yaml").read_bytes()).values()
-    outs = [out for stage in stages for kind in ("outs", "metrics", "plots") for out in stage.get(kind, [])]
-    made = [Path(next(iter(out)) if isinstance(out, dict) else out) for out in outs]
+    stages = lock.pipeline_stages(Path("dvc.yaml").read_bytes()).values()
+    made = [Path(path) for stage in stages for path in lock.paths(stage)]
     needed = {Path(dependency) for stage in stages for dependency in stage.get("deps", [])}
     inside = [str(path) for path in needed if not path.is_absolute() and ".." not in path.parts]
     listed = run("ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", "dvc.yaml", *inside, env=index)

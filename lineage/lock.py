@@ -10,7 +10,7 @@ from ruamel.yaml.error import YAMLError
 from lineage import UserError, file_md5
 
 LOCK = Path("dvc.lock")
-DAMAGED = "is damaged, or in a merge; run `git checkout HEAD -- dvc.lock study/dvc.lock results`, then `dvc repro`"
+DAMAGED = "is damaged, or in a merge; run `git checkout HEAD -- '*dvc.lock' results`, then `dvc repro`"
 TRACK = "track"  # the stage that records the others; DVC writes its own entry when it has ended
 
 
@@ -23,24 +23,28 @@ def recorded(params: Mapping[str, object]) -> dict[str, Any]:
     Raises:
         UserError: a parameter, dependency or result is not the recorded one, so the results are not of this state.
     """
+    pipeline = pipeline_stages(Path("dvc.yaml").read_bytes())
     try:
         stages = locked_stages(LOCK.read_bytes(), Path("dvc.yaml").read_bytes())
     except FileNotFoundError:
         raise UserError(f"there is no {LOCK}, so there are no results yet; run `dvc repro`") from None
-    frozen = [name for name, stage in read_stages(Path("dvc.yaml").read_bytes()).items() if stage.get("frozen")]
+    frozen = [name for name, stage in pipeline.items() if stage.get("frozen")]
     advice = f"run `dvc unfreeze {' '.join(frozen)}`, then `dvc repro`" if frozen else "run `dvc repro`"
     for key, value in parameters(stages).items():
-        if (now := params.get(key)) != value:
+        if (now := params.get(key, "missing")) != value:
             raise UserError(f"params.yaml: {key} is {now}, and the results were made with {value}; {advice}")
+    needed = [dependency for stage in pipeline.values() for dependency in stage.get("deps", [])]
+    for name in pipeline.keys() - stages.keys() - {TRACK}:  # such as one with a new name
+        if any(Path(path).is_relative_to(dependency) for path in paths(pipeline[name]) for dependency in needed):
+            raise UserError(f"stage {name} has not run; {advice}")
     present: dict[str, str | None] = {}
     for name, stage in stages.items():
-        for file in [*stage.get("deps", []), *stage.get("outs", [])]:
-            path = file["path"]
+        for path, digest in (dependencies({name: stage}) | results({name: stage})).items():
             if path not in present:
                 present[path] = path_md5(path)
             if present[path] is None:
                 raise UserError(f"{path} is missing; {advice}")
-            if present[path] != file["md5"]:
+            if present[path] != digest:
                 raise UserError(f"{path} has changed since stage {name} last ran; {advice}")
     return stages
 
@@ -62,16 +66,37 @@ def read_stages(content: bytes) -> dict[str, Any]:
     """Give the stages of ``dvc.lock`` or ``dvc.yaml``, read as DVC does: for other readers of YAML, 1e-05 is text.
 
     Raises:
-        UserError: it is not such a file, such as in a merge with conflicts, or a stage stands for several.
+        UserError: it is not such a file, such as in a merge with conflicts.
     """
     try:
-        stages: dict[str, Any] = YAML(typ="safe").load(content)["stages"]
-        templates = [name for name, stage in stages.items() if {"foreach", "matrix"} & stage.keys()]
-    except (YAMLError, TypeError, KeyError, AttributeError):
+        stages: dict[str, dict[str, Any]] = YAML(typ="safe").load(content)["stages"]
+        return {name: dict(stage) for name, stage in stages.items()}
+    except (YAMLError, TypeError, KeyError, AttributeError, ValueError):
         raise UserError(f"dvc.lock or dvc.yaml {DAMAGED}") from None
-    if templates:
-        raise UserError(f"dvc.yaml: stage {templates[0]} is a foreach or matrix, which is not read here; write it out")
+
+
+def pipeline_stages(content: bytes) -> dict[str, Any]:
+    """Give the stages of the ``dvc.yaml`` of this folder.
+
+    Raises:
+        UserError: as ``read_stages``, or a stage has what only DVC itself can read.
+    """
+    stages = read_stages(content)
+    for name, stage in stages.items():
+        files = [stage.get(kind) for kind in ("deps", "params", "outs", "metrics", "plots")]
+        own = any(isinstance(parameter, Mapping) for parameter in stage.get("params", []))
+        if {"foreach", "matrix", "wdir"} & stage.keys() or "${" in str(files) or own:
+            raise UserError(
+                f"dvc.yaml: stage {name} has foreach, matrix, wdir, ${{...}} or a file of parameters, which is not "
+                "read here; write it out, with its parameters in params.yaml"
+            )
     return stages
+
+
+def paths(stage: Mapping[str, Any]) -> list[str]:
+    """Give the paths that a stage of ``dvc.yaml`` makes."""
+    outs = [out for kind in ("outs", "metrics", "plots") for out in stage.get(kind, [])]
+    return [next(iter(out)) if isinstance(out, Mapping) else out for out in outs]
 
 
 def read_params(content: bytes) -> dict[str, object]:
@@ -83,7 +108,7 @@ def read_params(content: bytes) -> dict[str, object]:
     try:
         return dict(_flat(YAML(typ="safe").load(content)))
     except (YAMLError, AttributeError, ValueError):
-        raise UserError("params.yaml holds no parameters by name") from None
+        raise UserError("params.yaml holds no parameters by name, such as `lr: 0.1`") from None
 
 
 def _flat(values: Mapping[str, Any], section: str = "") -> Iterator[tuple[str, Any]]:
@@ -96,19 +121,19 @@ def _flat(values: Mapping[str, Any], section: str = "") -> Iterator[tuple[str, A
 
 def locked_stages(lock: bytes, pipeline: bytes) -> dict[str, Any]:
     """Give the stages of a ``dvc.lock`` that its dvc.yaml has, but for ``TRACK``: DVC keeps the entries of others."""
-    names = read_stages(pipeline).keys() - {TRACK}
+    names = pipeline_stages(pipeline).keys() - {TRACK}
     return {name: stage for name, stage in read_stages(lock).items() if name in names}
 
 
 def results(stages: dict[str, Any]) -> dict[str, str]:
-    """Give the MD5 of each result that the stages of a ``dvc.lock`` record, by path; the data are no result."""
-    files = [file for stage in stages.values() for file in stage.get("outs", [])]
-    return {file["path"]: file["md5"] for file in files if not file["md5"].endswith(".dir")}
+    """Give the MD5 of each file and folder that the stages of a ``dvc.lock`` have made, by path."""
+    return {file["path"]: file["md5"] for stage in stages.values() for file in stage.get("outs", [])}
 
 
 def dependencies(stages: dict[str, Any]) -> dict[str, str]:
-    """Give the MD5 of each file and folder that the stages of a ``dvc.lock`` depend on, by path."""
-    return {file["path"]: file["md5"] for stage in stages.values() for file in stage.get("deps", [])}
+    """Give the MD5 of each file and folder that the stages of a ``dvc.lock`` depend on, by path; a URL has none."""
+    files = [file for stage in stages.values() for file in stage.get("deps", [])]
+    return {file["path"]: file["md5"] for file in files if "md5" in file}
 
 
 def parameters(stages: dict[str, Any]) -> dict[str, Any]:

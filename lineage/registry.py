@@ -23,6 +23,7 @@ def uri(model: str) -> str:
     return f"models:/{model}@{CHAMPION}"
 
 
+@store.in_one_line("make track")
 def register(run: Run, model: str, about: str, ranks: Sequence[str]) -> ModelVersion:
     """Find the version with the bytes of a run's model, or make it.
 
@@ -39,22 +40,20 @@ def register(run: Run, model: str, about: str, ranks: Sequence[str]) -> ModelVer
     tags = {RUN: identity} | {name: run.data.tags[name] for name in ("git.commit", runs.DATA, runs.MODEL)}
     tags |= {name: str(run.data.metrics[name]) for name in ranks if name in run.data.metrics}
     result = f"{ranks[-1].capitalize()} {run.data.metrics[ranks[-1]]:.2%}"
-    try:
-        for version in versions(model):
-            if version.tags.get(runs.MODEL) == tags[runs.MODEL] and _is_usable(version):
-                if not _is_complete(version.tags.get(RUN)):
-                    client.set_model_version_tag(model, version.version, RUN, identity)
-                return version
-        with redirect_stderr(StringIO()):  # MLflow's words on what the caller says
-            version = mlflow.register_model(f"models:/{runs.model_of(run)}", model, tags=tags)
-        if not client.get_registered_model(model).description:
-            client.update_registered_model(model, about)
-        origin = f"{result}, from run `{run.info.run_name}`. Prove it: `make verify MODEL={identity}`"
-        return client.update_model_version(model, version.version, origin)
-    except MlflowException as error:
-        raise UserError(f"MLflow refuses: {store.first_line(error)}; `make track` tries again") from None
+    for version in versions(model):
+        if version.tags.get(runs.MODEL) == tags[runs.MODEL] and _is_usable(version):
+            if not _is_complete(version.tags.get(RUN)):
+                client.set_model_version_tag(model, version.version, RUN, identity)
+            return version
+    with redirect_stderr(StringIO()):  # MLflow's words on what the caller says
+        version = mlflow.register_model(f"models:/{runs.model_of(run)}", model, tags=tags)
+    if not client.get_registered_model(model).description:
+        client.update_registered_model(model, about)
+    origin = f"{result}, from run `{run.info.run_name}`. Prove it: `make verify MODEL={identity}`"
+    return client.update_model_version(model, version.version, origin)
 
 
+@store.in_one_line("make track")
 def crown(model: str, data: str, ranks: Sequence[str]) -> ModelVersion | None:
     """Give the alias to the best version from these data. Of equal ones the champion stays, else it is the oldest.
 
@@ -72,17 +71,14 @@ def crown(model: str, data: str, ranks: Sequence[str]) -> ModelVersion | None:
     Raises:
         UserError: MLflow refuses.
     """
-    try:
-        champion = _champion(model)
-        ours = [version for version in versions(model) if _facts(version).get(runs.DATA) == data]
-        key = {v.version: (_merit(v, ranks), v.version == champion, -int(v.version)) for v in ours}
-        ranked = sorted(ours, key=lambda version: key[version.version], reverse=True)
-        best = next(filter(_is_usable, ranked), None)
-        if best and best.version != champion:
-            mlflow.MlflowClient().set_registered_model_alias(model, CHAMPION, best.version)
-        return best
-    except MlflowException as error:
-        raise UserError(f"MLflow refuses: {store.first_line(error)}; `make track` tries again") from None
+    champion = _champion(model)
+    ours = [version for version in versions(model) if _facts(version).get(runs.DATA) == data]
+    key = {v.version: (_merit(v, ranks), v.version == champion, -int(v.version)) for v in ours}
+    ranked = sorted(ours, key=lambda version: key[version.version], reverse=True)
+    best = next(filter(_is_usable, ranked), None)
+    if best and best.version != champion:
+        mlflow.MlflowClient().set_registered_model_alias(model, CHAMPION, best.version)
+    return best
 
 
 def load_champion(

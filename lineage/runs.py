@@ -165,6 +165,7 @@ def _end_killed_runs(experiment: str) -> None:
             client.set_terminated(run.info.run_id, "KILLED")
 
 
+@store.in_one_line("make track")
 def track(training: Training, recorded: Mapping[str, Any], results: Results) -> tuple[Run, bool]:
     """Make MLflow's record of the present results complete: one run for this state of ``dvc.lock``.
 
@@ -182,24 +183,21 @@ def track(training: Training, recorded: Mapping[str, Any], results: Results) -> 
     digest = md5(json.dumps(recorded, sort_keys=True).encode())
     store.connect(training.experiment)
     client = mlflow.MlflowClient()
-    try:
-        with store.lock():  # a second process waits, and then finds the run
-            same = store.search(training.experiment, f"tags.`{MODEL}` = '{results.model_md5}'")
-            run = _choose(same, digest, training.params)
-            added = run is None or not _is_complete(run, digest, results.artifacts())
-            run = run or _write(training, results)
-            identity = run.info.run_id
-            if added:
-                _complete(run, recorded, results)
-            if added or not git.has_commit(run.data.tags["git.commit"]):
-                _set_origin(identity, training)
-            client.set_tag(identity, DIGEST, digest)
-            for other in same:
-                if DIGEST not in other.data.tags and other.info.run_id != identity and _is_of_this_experiment(other):
-                    client.delete_run(other.info.run_id)  # to MLflow's trash
-            return client.get_run(identity), added
-    except (MlflowException, OSError) as error:
-        raise UserError(f"MLflow refuses: {store.first_line(error)}; `make track` tries again") from None
+    with store.lock():  # a second process waits, and then finds the run
+        same = store.search(training.experiment, f"tags.`{MODEL}` = '{results.model_md5}'")
+        run = _choose(same, digest, training.params)
+        added = run is None or not _is_complete(run, digest, results.artifacts())
+        run = run or _write(training, results)
+        identity = run.info.run_id
+        if added:
+            _complete(run, recorded, results)
+        if added or not git.has_commit(run.data.tags["git.commit"]):
+            _set_origin(identity, training)
+        client.set_tag(identity, DIGEST, digest)
+        for other in same:
+            if DIGEST not in other.data.tags and other.info.run_id != identity and _is_of_this_experiment(other):
+                client.delete_run(other.info.run_id)  # to MLflow's trash
+        return client.get_run(identity), added
 
 
 def _write(training: Training, results: Results) -> Run:

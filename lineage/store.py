@@ -4,7 +4,8 @@ import logging
 import os
 import re
 import sqlite3
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
@@ -157,6 +158,19 @@ def refusal(address: str, error: Exception) -> UserError:
     text = first_line(error)
     advice = next((advice for words, advice in ADVICE.items() if re.search(words, str(error), re.IGNORECASE)), "")
     return UserError(f"MLflow at {first_line(address)} refuses: {text}{advice if address.startswith(SQLITE) else ''}")
+
+
+@contextmanager
+def in_one_line(command: str) -> Iterator[None]:
+    """Where MLflow refuses, say so, and which command tries again.
+
+    Raises:
+        UserError: MLflow refuses.
+    """
+    try:
+        yield
+    except (MlflowException, OSError) as error:
+        raise UserError(f"MLflow refuses: {first_line(error)}; `{command}` tries again") from None
 
 
 def experiment_id(name: str) -> str:

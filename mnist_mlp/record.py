@@ -13,7 +13,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 
 import lineage
-from lineage import UserError, md5, pages, registry, runs, store
+from lineage import md5, pages, registry, runs, store
 from mnist_mlp.params import Params
 from mnist_mlp.published import PUBLISHED, published_history
 from mnist_mlp.recipe import MODEL, data
@@ -100,6 +100,7 @@ def decide(run: Run, config: Params) -> str:
     return f"{state}, the champion" if same else f"{state}; the champion is version {champion.version}"
 
 
+@store.in_one_line("make track")
 def publish(experiment: str) -> None:
     """Add the tutorial's history once, so that charts can show it beside ours. If a user deletes it, it stays away.
 
@@ -108,15 +109,9 @@ def publish(experiment: str) -> None:
     Raises:
         UserError: MLflow refuses.
     """
-    if history := published_history():
-        try:
-            _publish(experiment, history)
-        except (MlflowException, OSError) as error:
-            raise UserError(f"MLflow refuses: {store.first_line(error)}; `make track` tries again") from None
-
-
-def _publish(experiment: str, history: list[dict[str, float]]) -> None:
-    client = mlflow.MlflowClient()
+    history, client = published_history(), mlflow.MlflowClient()
+    if not history:
+        return
     found = store.search(experiment, f"attributes.run_name = '{PUBLISHED_RUN}'", ViewType.ALL)
     if any(COLOUR in run.data.tags or run.info.lifecycle_stage == "deleted" for run in found):
         return
@@ -134,13 +129,17 @@ def _publish(experiment: str, history: list[dict[str, float]]) -> None:
 
 def lead() -> str:
     """Say how to open the pipeline's runs."""
-    return pages.lead(EXPERIMENT, f"A run is one state of `dvc.lock`; `{PUBLISHED_RUN}` is the tutorial's.", COLUMNS)
+    return pages.lead(EXPERIMENT, f"A run is one state of `dvc.lock`{_about_published()}.", COLUMNS)
 
 
 def lead_to_study(settings: list[str]) -> str:
     """Say how to open the study's runs, with a row for each setting."""
     note = (
         "Each study has a row for each setting, and MLflow loads 100 runs at a time: after *Load more*, the means are "
-        f"those of all runs, and `{PUBLISHED_RUN}` is the tutorial's."
+        f"those of all runs{_about_published()}."
     )
     return pages.lead(STUDY, note, COLUMNS, SETTING, settings)
+
+
+def _about_published() -> str:
+    return f"; `{PUBLISHED_RUN}` is the tutorial's" if published_history() else ""

@@ -35,13 +35,14 @@ def main() -> None:
         raise UserError(f"{METRICS} is missing; `dvc repro` makes it")
     try:
         metrics = json.loads(METRICS.read_text())
-    except ValueError:
+        accuracy, batch_mean = metrics["accuracy"], metrics["batch_mean_accuracy"]
+    except (ValueError, KeyError, TypeError):
         raise UserError(f"{METRICS} {lock.DAMAGED}") from None
     published = "".join(f", published {row['test_acc']:.4%}" for row in published_history()[-1:])
-    reached = "reached" if metrics["accuracy"] >= config.evaluate.target_accuracy else "missed"
+    reached = "reached" if accuracy >= config.evaluate.target_accuracy else "missed"
     print(f"""
-test accuracy   {metrics["accuracy"]:.2%} of {data.SIZES["t10k"]:,} images (target {reached})
-mean of batches {metrics["batch_mean_accuracy"]:.4%}{published}
+test accuracy   {accuracy:.2%} of {data.SIZES["t10k"]:,} images (target {reached})
+mean of batches {batch_mean:.4%}{published}
 plots           {PLOTS}
 """)
     lines, expected = compare(config)
@@ -64,7 +65,7 @@ def compare(config: Params) -> tuple[list[str], bool]:
     committed = lock.results(stages)
     if missing := [path for path in committed if not Path(path).exists()]:
         return [f"incomplete: {', '.join(missing)} missing; `dvc repro` makes what is missing"], False
-    different = [path for path, md5 in committed.items() if lineage.file_md5(path) != md5]
+    different = [path for path, md5 in committed.items() if lock.path_md5(path) != md5]
     if not different:
         try:
             lock.recorded(config.flat())
@@ -98,7 +99,7 @@ def _edits(config: Params, to_blame: dict[str, Any], stages: dict[str, Any]) -> 
     """
     after, before = config.flat(), lock.parameters(to_blame)
     changed = [name for name in before if after.get(name) != before[name]]
-    edits = [f"{name} is {after.get(name)}, in the committed dvc.lock {before[name]}" for name in changed]
+    edits = [f"{name} is {after.get(name, 'missing')}, in the committed dvc.lock {before[name]}" for name in changed]
     patch = git.patch()
     if patch is None:
         return [*edits, "Git cannot tell which code files are edited"]
@@ -126,7 +127,7 @@ def _is_in(file: str, paths: Iterable[str]) -> bool:
 def _edited_results(different: list[str]) -> list[str]:
     """Name the results that are not those that the present ``dvc.lock`` records, such as a damaged file."""
     made = lock.results(lock.read_stages(lock.LOCK.read_bytes())) if lock.LOCK.exists() else {}
-    edited = [path for path in different if lineage.file_md5(path) != made.get(path)]
+    edited = [path for path in different if lock.path_md5(path) != made.get(path)]
     return [f"{path} is not what the pipeline has made here; run `dvc repro`" for path in edited]
 
 

@@ -11,7 +11,6 @@ import mlflow
 import yaml
 from dvc.cli import main as dvc_main
 from mlflow.entities import Run
-from PIL import Image
 
 from mnist_mlp import params, record
 
@@ -89,13 +88,6 @@ def edit(folder: Path, values: dict[str, object]) -> None:
         section, key = name.split(".")
         content[section][key] = value
     path.write_text(yaml.safe_dump(content, sort_keys=False))
-
-
-def draw_picture(path: Path) -> None:
-    """Draw a stroke on white paper, which is some digit to any net."""
-    picture = Image.new("L", (300, 300), "white")
-    picture.paste("black", (130, 60, 165, 240))
-    picture.save(path)
 
 
 def environment(**more: str) -> dict[str, str]:

@@ -173,6 +173,10 @@ def test_a_stage_that_dvc_yaml_no_longer_has_is_no_part_of_the_state(repository:
     assert only().data.to_dictionary() == before.data.to_dictionary()
 
 
+def pipeline(more: dict[str, Any]) -> None:
+    Path("dvc.yaml").write_text(yaml.safe_dump({"stages": {"fit": {"cmd": "true"} | more}}))
+
+
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
@@ -182,16 +186,36 @@ def test_a_stage_that_dvc_yaml_no_longer_has_is_no_part_of_the_state(repository:
         (lambda: Path("dvc.lock").unlink(), "there is no dvc.lock, so there are no results yet; run `dvc repro`"),
         (lambda: Path("dvc.lock").write_text("<<<<<<<"), "dvc.lock or dvc.yaml is damaged, or in a merge; run `git"),
         (
-            lambda: Path("dvc.yaml").write_text("stages: {fit: {matrix: {a: [1]}, cmd: 'true'}}"),
-            "dvc.yaml: stage fit is a foreach or matrix, which is not read here; write it out",
+            lambda: Path("dvc.yaml").write_text(Path("dvc.yaml").read_text().replace("  fit:", "  adjust:")),
+            "stage adjust has not run; run `dvc repro`",
+        ),
+        *(
+            (lambda more=more: pipeline(more), "dvc.yaml: stage fit has foreach, matrix, wdir, ${...} or a file of")
+            for more in ({"matrix": {"a": [1]}}, {"wdir": "."}, {"deps": ["${a}"]}, {"params": [{"b.yaml": ["c"]}]})
         ),
     ],
-    ids=["parameter", "result", "lost", "no lock", "merge", "matrix"],
+    ids=["parameter", "result", "lost", "no lock", "merge", "name", "matrix", "wdir", "vars", "params"],
 )
 def test_results_of_another_state_are_refused(repository: Path, damage: Callable[[], object], reason: str) -> None:
     damage()
     with pytest.raises(UserError, match=re.escape(reason)):
         toy.track()
+
+
+def test_a_url_that_a_stage_depends_on_is_left_to_dvc(repository: Path) -> None:
+    content = yaml.safe_load(lock.LOCK.read_text())
+    content["stages"]["fit"]["deps"].append({"path": "http://127.0.0.1:9/points.csv", "checksum": "1"})
+    lock.LOCK.write_text(yaml.safe_dump(content))
+    toy.track()
+    assert_complete(found()[0])
+
+
+def test_a_folder_inside_of_a_git_repository_is_refused(repository: Path) -> None:
+    """From its commits nothing could be run again."""
+    shutil.rmtree(".git")
+    project.run(repository.parent, "git", "init", "--quiet")
+    with pytest.raises(UserError, match=f"^this is the folder {repository.name}/ of a Git repository; it needs a"):
+        toy.fit()
 
 
 # A run is completed, or written from the files
@@ -564,6 +588,10 @@ def test_a_version_without_figures_or_of_another_kind_gives_way_to_one_of_the_pi
     assert best
     assert str(best.version) == "1"
     assert runs.model_of(only()) != other.model_id
+    first = by_hand({runs.DATA: toy.dataset().digest, "another": "0.1", "accuracy": "0.1"})
+    best = registry.crown(toy.NAME, toy.dataset().digest, ["another", "accuracy"])
+    assert best
+    assert str(best.version) == first  # a version with the first metric comes before all others
 
 
 def test_a_champion_of_which_nothing_tells_the_data_is_refused(repository: Path) -> None:
@@ -718,7 +746,7 @@ def copies(tmp_path: Path, enter: Callable[[Path], None]) -> Path:
     stages = {
         "first": {"cmd": "cp in.txt first.txt", "deps": ["in.txt"], "outs": [{"first.txt": {"cache": False}}]},
         "second": {"cmd": "cp first.txt second.txt", "deps": ["first.txt"], "outs": ["second.txt"]},
-        "alone": {"cmd": "cat alone.in > alone.txt", "deps": ["in.txt"], "outs": ["alone.txt"]},
+        "alone": {"cmd": "mkdir -p alone; cat alone.in > alone/out", "deps": ["in.txt"], "outs": ["alone"]},
     }
     Path("dvc.yaml").write_text(yaml.safe_dump({"stages": stages}))
     Path("alone.in").write_text("1")
@@ -744,11 +772,10 @@ def test_a_commit_is_proved_without_any_store_and_later_changes_have_no_part_in_
 
 
 def test_every_stage_is_run_again_also_one_on_which_no_other_depends(copies: Path) -> None:
-    digest = lineage.md5(b"1")
     Path("alone.in").write_text("2")  # on which the stage does not say that it depends
     project.commit(copies)
     (line,) = proof.prove_commit("HEAD", []).difference
-    assert line == f"alone.txt is {digest} in dvc.lock, {lineage.md5(b'2')} here"
+    assert line.startswith(f"alone is {lock.path_md5('alone')} in dvc.lock, ")
 
 
 def test_a_commit_with_other_results_in_git_than_in_dvc_lock_is_different(copies: Path) -> None:

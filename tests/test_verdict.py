@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -56,7 +57,9 @@ def test_an_edited_parameter_is_named(repository: Path) -> None:
     lines = done.stdout.splitlines()
     assert lines[-2].startswith("different: ")
     assert "results/history.csv" in lines[-2]
-    assert lines[-1] == f"likely reason: train.lr is 0.05, in the committed dvc.lock {project.LR}"
+    ((name, value),) = project.TRIED.items()
+    before = params.load().flat()[name]
+    assert lines[-1] == f"likely reason: {name} is {value}, in the committed dvc.lock {before}"
 
 
 def test_an_edited_code_file_is_named(repository: Path) -> None:
@@ -176,6 +179,14 @@ def test_a_result_that_the_pipeline_has_not_made_is_named_and_the_advice_restore
     assert check(repository).stdout.endswith(f"\n{REPRODUCED}\n")
 
 
+@pytest.mark.parametrize("content", ["<<<<<<<", "{}", "[1]"])
+def test_metrics_that_are_none_are_one_line(repository: Path, content: str) -> None:
+    (repository / "results/metrics.json").write_text(content)
+    done = check(repository)
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (1, "", 1)
+    assert done.stderr.startswith("verdict: results/metrics.json is damaged, or in a merge; run `git checkout HEAD")
+
+
 def test_a_lost_result_is_named(repository: Path) -> None:
     (repository / "results/predictions.csv").unlink()
     done = check(repository)
@@ -218,7 +229,7 @@ def test_a_merge_with_conflicts_is_one_line_and_its_advice_ends_it(tried: Path, 
         (repository / "study/dvc.lock").write_text(f"schema: '2.0'\nstages: {{}}  # {branch}\n")
         project.commit(repository)
     assert project.run(repository, "git", "merge", "one", check=False).returncode == 1
-    cure = "git checkout HEAD -- dvc.lock study/dvc.lock results"
+    cure = "git checkout HEAD -- '*dvc.lock' results"
     advice = f"is damaged, or in a merge; run `{cure}`, then `dvc repro`"
     done = check(repository)
     assert (done.returncode, done.stdout, done.stderr) == (1, "", f"verdict: results/metrics.json {advice}\n")
@@ -227,12 +238,12 @@ def test_a_merge_with_conflicts_is_one_line_and_its_advice_ends_it(tried: Path, 
     done = project.run(repository, sys.executable, "-m", "mnist_mlp.study.check", check=False)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"study-check: dvc.lock or dvc.yaml {advice}\n")
 
-    project.run(repository, *cure.split())
+    project.run(repository, *shlex.split(cure))
     project.run(repository, "dvc", "repro")
     project.commit(repository)
     assert REPRODUCED in check(repository).stdout
-    config = params.load(repository / "params.yaml")
-    assert (config.train.lr, config.plot.dpi) == (0.05, 80)
+    config = params.load(repository / "params.yaml").flat()
+    assert {name: config[name] for name in other | project.TRIED} == other | project.TRIED
 
 
 def test_git_that_fails_is_not_taken_for_a_repository_without_results(repository: Path) -> None:
