@@ -180,7 +180,9 @@ def curves(runs: pd.DataFrame, history: pd.DataFrame, published: pd.DataFrame) -
                 axes.fill_between(low.index, low, high, color=paler, linewidth=0, label=label)
         for colour, epochs, setting in zip(colours, groups, settings, strict=True):
             median = epochs.median()
-            axes.plot(median.index, median, color=colour, linewidth=2, label="median" if setting == ONLY else setting)
+            marker = "o" if len(median) == 1 else None  # one point has no line
+            label = "median" if setting == ONLY else setting
+            axes.plot(median.index, median, color=colour, linewidth=2, marker=marker, label=label)
         if not published.empty:
             colour = pictures.PUBLISHED
             axes.plot("epoch", name, "o-", data=published, color=colour, markersize=3, linewidth=1, label="published")

@@ -3,6 +3,7 @@
 import csv
 import gc
 import json
+import math
 import os
 import re
 import shutil
@@ -27,10 +28,10 @@ import yaml
 from mlflow.entities import Run
 
 import lineage
-from lineage import UserError, registry, store
+from lineage import UserError, registry, runs, store
 from mnist_mlp import params, pictures, record
 from mnist_mlp.published import PUBLISHED
-from mnist_mlp.recipe import data, training
+from mnist_mlp.recipe import data, net, training
 from mnist_mlp.recipe.history import FIGURES
 from mnist_mlp.recipe.params import VARIABLE
 from mnist_mlp.study import check, cluster, plan, words
@@ -138,6 +139,19 @@ def test_a_run_of_the_study_is_what_the_pipeline_gives_for_its_seed(finished: Pa
     assert epochs == (finished / "results/history.csv").read_text().splitlines()[1:]
 
 
+def test_a_worker_is_checked_by_the_net_that_it_is_to_train(mnist: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A net of one's own may need as many widths as `model.hidden` has."""
+    mlp, asked = net.mlp, []
+
+    def spy(hidden: list[int]) -> torch.nn.Module:
+        asked.append(hidden)
+        return mlp(hidden)
+
+    monkeypatch.setattr(net, "mlp", spy)
+    cluster.fingerprint(params.load(ROOT / "params.yaml").replaced({"model.hidden": [8]}))
+    assert asked == [[8]]
+
+
 def due(folder: Path, pipeline: str) -> list[str]:
     output = project.run(folder, "dvc", "repro", pipeline, "--dry").stdout
     return re.findall(r"^Running stage '(?:study/dvc.yaml:)?(\w+)'", output, re.MULTILINE)
@@ -160,6 +174,8 @@ def test_words_colours_and_published_figures_make_no_run_due(repository: Path) -
 def test_no_run_is_trained_twice(repository: Path, inside: Callable[[], str]) -> None:
     """Neither with more seeds, nor with settings of which one is known, nor in a clone, which has only the tables."""
     before = plan.HISTORY.read_text()
+    next(Path("study/runs").glob("*.json")).unlink()
+    assert trained(inside()) == (SEEDS, 0)
     shutil.rmtree("study/runs")
     project.edit(repository, {"study.seeds": 1})
     assert trained(inside()) == (1, 0)
@@ -175,11 +191,13 @@ def test_no_run_is_trained_twice(repository: Path, inside: Callable[[], str]) ->
 
 
 def test_runs_of_other_code_or_parameters_are_not_used(repository: Path, inside: Callable[[], str]) -> None:
-    project.edit(repository, {"study.seeds": 1, "train.momentum": 0.5})
+    ((name, value),) = project.TRIED.items()
+    before = params.load().flat()[name]
+    project.edit(repository, {"study.seeds": 1, name: value})
     assert trained(inside()) == (1, 1)
-    project.edit(repository, {"train.momentum": 0.0})
-    net = repository / "mnist_mlp/recipe/net.py"
-    net.write_text(net.read_text() + "# other code\n")
+    project.edit(repository, {name: before})
+    code = repository / "mnist_mlp/recipe/net.py"
+    code.write_text(code.read_text() + "# other code\n")
     assert trained(inside()) == (1, 1)
 
 
@@ -557,12 +575,8 @@ def test_a_full_disk_is_one_line_and_what_has_ended_is_kept(repository: Path) ->
 def test_a_wrong_study_is_refused_before_anything_runs(tmp_path: Path, values: dict[str, object], problem: str) -> None:
     shutil.copy(ROOT / "params.yaml", tmp_path)
     project.edit(tmp_path, values)
-    project.put_code(tmp_path)
-    done = project.run(tmp_path, sys.executable, "-m", "mnist_mlp.params", check=False)
-    (line,) = done.stderr.splitlines()
-    assert done.returncode == 1
-    assert line.startswith("params: params.yaml: study")
-    assert problem in line
+    with pytest.raises(UserError, match=rf"^params.yaml: .*{re.escape(problem)}"):
+        params.load(tmp_path / "params.yaml")
 
 
 def test_a_study_varies_what_stage_train_depends_on() -> None:
@@ -572,6 +586,10 @@ def test_a_study_varies_what_stage_train_depends_on() -> None:
         listed = yaml.safe_load((ROOT / pipeline).read_text())["stages"][stage]["params"]
         named = {key for name in listed for key in values if key == name or key.startswith(f"{name}.")}
         assert named - {"train.seed"} == set(VARIABLE)
+    config = params.load(ROOT / "params.yaml")
+    varied = {"model.hidden": [8, 4], "train.device": "cpu", "data.mean": 0.25}
+    row = {name: str(value) for name, value in varied.items()}  # as in a table
+    assert plan.config_of(row | {"seed": "3"}, config) == config.replaced(varied | {"train.seed": 3})
 
 
 @pytest.mark.recipe
@@ -615,7 +633,9 @@ def test_settings_are_compared_by_seed_and_a_diverged_run_is_a_result(
 
 
 def test_a_study_whose_runs_all_diverge_is_a_study(repository: Path, inside: Callable[[], str], call: Call) -> None:
-    project.edit(repository, {"study.seeds": 2, "train.lr": project.DIVERGING})
+    project.edit(repository, {"study.seeds": 2, "study.vary": {"train.lr": [project.DIVERGING]}})
+    with (repository / "stages/report.py").open("a") as code:
+        code.write("# edited\n")
     assert "seed 2: diverged" in inside()
     project.dvc("commit", "--force", "--quiet", "study/dvc.yaml:replicate")
     report.main()
@@ -624,6 +644,10 @@ def test_a_study_whose_runs_all_diverge_is_a_study(repository: Path, inside: Cal
     assert (found["runs"], found["diverged"], found["accuracy"]["mean"]) == (2, 2, None)
     said = call(study_record.main)[1]
     assert "0 of 2 runs reach 50.00% (95 % interval of the share 0.00% to 65.76%)" in said
+    second, first, parent, *_ = store.search(record.STUDY, "attributes.run_name != 'published'")
+    assert [run.info.status for run in (first, second, parent)] == ["FAILED", "FAILED", "FINISHED"]
+    assert (parent.data.params["train.lr"], first.data.params["train.lr"]) == ("[1000000.0]", "1000000.0")
+    assert runs.PATCH in {artifact.path for artifact in mlflow.MlflowClient().list_artifacts(parent.info.run_id)}
 
 
 @full
@@ -679,14 +703,23 @@ def test_study_check_says_identical_or_the_first_difference(
     assert re.fullmatch(r"identical: seed \d; seed \d: every figure and the model's MD5", last)
 
     table = repository / plan.HISTORY
+    *_, figure = table.read_text().partition("\n")[0].split(",")
     table.write_text(re.sub(r"^(\d,1,.*,)0\.\d+$", r"\g<1>0.123456", table.read_text(), flags=re.MULTILINE))
-    status, output, _ = call(check.main, "--runs", "1")
-    assert status == 1
-    assert re.search(r"^different: seed \d: epoch 1: test_acc is 0.123456 in the table, 0\.\d+ here$", output, re.M)
-
-    project.edit(repository, {"train.lr": 0.05})
-    line = f"study-check: params.yaml: train.lr is 0.05, and the study was made with {project.LR}; run `make study`\n"
+    line = f"study-check: {plan.HISTORY} is not what the study has made; run `make study`\n"
     assert call(check.main) == (2, "", line)
+    project.dvc("commit", "--force", "--quiet", "study/dvc.yaml:replicate")  # as if other code had made it
+    status, output, _ = call(check.main, "--runs", str(SEEDS))
+    assert status == 1
+    line = rf"^different: seed \d: epoch 1: {figure} is 0.123456 in the table, 0\.\d+ here$"
+    assert len(re.findall(line, output, re.MULTILINE)) == SEEDS
+
+    assert call(check.main, "--runs", "0") == (2, "", f"study-check: --runs is 0: the study has {SEEDS} runs\n")
+    name, value, before = "data.mean", 0.25, params.load().data.mean
+    project.edit(repository, {name: value})
+    line = f"study-check: params.yaml: {name} is {value}, and the study was made with {before}; run `make study`\n"
+    assert call(check.main) == (2, "", line)
+    plan.LOCK.write_text("stages: {}")
+    assert call(check.main) == (2, "", f"study-check: {plan.LOCK} has no study yet; run `make study`\n")
 
 
 def test_study_check_compares_every_figure_and_the_model(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -721,6 +754,37 @@ def test_the_summary_pairs_by_seed_and_counts_runs_below_the_published_figure() 
     last = report.describe(runs, history, published, "a", 0.91)["last_epoch"]["test_acc"]
     assert last["percentile"] == pytest.approx(100 * 5 / 21, abs=1e-6)
     assert (last["median"], last["band_90"]) == (0.1, [0.01, 0.19])
+
+
+def test_a_setting_counts_all_its_runs_and_describes_those_that_ended() -> None:
+    accuracies = [0.9, 0.9, 0.98, math.nan]
+    runs, history, published = of_one_setting(accuracies)
+    runs = runs.assign(validation_accuracy=[0.9, math.nan, 0.9, math.nan])
+    others = runs.assign(**{report.SETTING: "b", "accuracy": math.nan})
+    found = report.describe(pd.concat([runs, others]), history, published, "a", 0.98)
+    assert (found["runs"], found["diverged"], found["target"]["reached"], found["target"]["share"]) == (4, 1, 1, 0.25)
+    expected = {"mean": 0.926667, "std": 0.046188, "median": 0.9, "min": 0.9, "max": 0.98}
+    assert found["accuracy"] == expected | {"values": accuracies[:3]}
+    comparison = report.compare(pd.concat([runs, runs.assign(**{report.SETTING: "b"})]))
+    assert comparison["metric"] == "accuracy"  # some runs that ended have no validation accuracy
+    assert words.in_words({"settings": [found], "comparison": comparison}).splitlines()[:10] == [
+        "",
+        "accuracy, difference from a in points, paired by seed:",
+        "- b: +0.00 (values +0.00, +0.00, +0.00, 3 pairs)",
+        "Warning: this is the test set. To choose a setting by it is to train on it; set data.validation.",
+        "",
+        "a: 4 runs, 1 diverged",
+        "test accuracy: mean 92.67% (values 90.00%, 90.00%, 98.00%), standard deviation 4.62%, median 90.00%, "
+        "from 90.00% to 98.00%",
+        "1 of 4 runs reach 98.00% (95 % interval of the share 4.56% to 69.94%)",
+        "",
+        "| after the last epoch | published | median | 90 % of the runs | percentile |",
+    ]
+    comparison |= {"chooses_by_test_set": False, "differences": [{"setting": "b", "pairs": 6, "mean": -0.01}]}
+    comparison["differences"][0]["interval"] = [-0.02, 0.01]
+    assert words.in_words({"settings": [], "comparison": comparison}).splitlines()[2:] == [
+        "- b: -1.00 (95 % interval -2.00 to +1.00, 6 pairs)"
+    ]
 
 
 def test_an_interval_of_the_mean_stays_in_the_range_of_the_runs_and_few_runs_have_none() -> None:
@@ -783,6 +847,7 @@ def test_bands_of_many_settings_are_narrow_and_a_legend_shows_their_colour() -> 
         for axes in figure.axes:
             assert len(axes.collections) == count
             assert [np.asarray(band.get_facecolor())[0, 3] for band in axes.collections] == [1] * count
+            assert {line.get_marker() for line in axes.lines} == {"o"}  # of one epoch, a line would not be seen
             extents = [band.get_paths()[0].get_extents() for band in axes.collections]
             assert all([extent.y0, extent.y1] == pytest.approx(narrow) for extent in extents[-len(settings) :])
             shares = ["50 %"] if len(settings) > 2 else ["90 %", "50 %"]

@@ -36,13 +36,11 @@ def draw(config: Params, count: int) -> list[tuple[plan.Row, plan.Outcome]]:
     """Draw runs from the tables.
 
     Raises:
-        UserError: there are not so many runs, or they were made with other parameters.
+        UserError: there are not so many runs, or the tables are not those of a study with these parameters.
     """
-    try:
-        plan.check_parameters(config)
-        runs = plan.read(plan.RUNS.read_text(), plan.HISTORY.read_text())
-    except FileNotFoundError as error:
-        raise UserError(f"{error.filename} is missing; `git checkout {error.filename}` or `make study`") from None
+    plan.check_parameters(config)
+    plan.check_files(plan.recorded())
+    runs = plan.read(plan.RUNS.read_text(), plan.HISTORY.read_text())
     if not 1 <= count <= len(runs):
         raise UserError(f"--runs is {count}: the study has {len(runs)} runs")
     return random.sample(runs, count)

@@ -75,7 +75,7 @@ def fingerprint(config: Params, raw: Path = data.RAW) -> str:
     torch.set_num_threads(config.train.threads)
     dataset = training.load(config.replaced({"data.mean": 0.5, "data.std": 0.5}), raw).test
     torch.manual_seed(0)
-    model = net.mlp([400, 200, 100]).to(config.train.device)
+    model = net.mlp(config.model.hidden).to(config.train.device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     order = torch.arange(min(640, len(dataset.labels)))
     training.train_epoch(model, optimizer, dataset, order, batch_size=64)

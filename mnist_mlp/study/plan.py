@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from ruamel.yaml import YAML
 
+import lineage
 from lineage import UserError, lock
 from mnist_mlp.params import Params
 from mnist_mlp.recipe.params import VARIABLE
@@ -65,9 +66,21 @@ def recorded() -> dict[str, Any]:
     Raises:
         UserError: there is no study.
     """
-    if not LOCK.exists():
-        raise UserError(f"there is no {LOCK}, so there is no study yet; run `make study`")
-    return {"replicate": lock.read_stages(LOCK.read_bytes())["replicate"]}
+    stages = lock.read_stages(LOCK.read_bytes()) if LOCK.exists() else {}
+    if "replicate" not in stages:
+        raise UserError(f"{LOCK} has no study yet; run `make study`")
+    return {"replicate": stages["replicate"]}
+
+
+def check_files(stages: dict[str, Any]) -> None:
+    """Compare the files that stages have made with those that study/dvc.lock records.
+
+    Raises:
+        UserError: one is not there, or another.
+    """
+    for path, md5 in lock.results(stages).items():
+        if lineage.file_md5(path) != md5:
+            raise UserError(f"{path} is not what the study has made; run `make study`")
 
 
 def check_parameters(config: Params) -> None:

@@ -6,17 +6,15 @@ after ``rm mlflow.db``, and prints what the study found.
 
 import json
 import statistics
-from typing import Any
 
 import mlflow
 from mlflow.entities import Metric, Param
-from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NOTE
 from mlflow.utils.time import get_current_time_millis
 from tqdm import tqdm
 
 import lineage
-from lineage import UserError, git, lock, run_command, runs, store
+from lineage import git, lock, run_command, runs, store
 from mnist_mlp import params, record
 from mnist_mlp.params import Params
 from mnist_mlp.recipe import data
@@ -28,7 +26,7 @@ def main() -> None:
     """Write what MLflow lacks, and say what the study found."""
     config = params.load()
     plan.check_parameters(config)
-    _check_files(lock.read_stages(plan.LOCK.read_bytes()))
+    plan.check_files(lock.read_stages(plan.LOCK.read_bytes()))
     name, outcome = track(config)
     trained = plan.read(plan.RUNS.read_text(), plan.HISTORY.read_text())
     settings = dict.fromkeys(_setting(row, name) for row, _ in trained)
@@ -36,6 +34,7 @@ def main() -> None:
     print(words.in_words(json.loads(plan.SUMMARY.read_text())))
 
 
+@store.in_one_line("make study")
 def track(config: Params) -> tuple[str, str]:
     """Make MLflow's record of the study complete. A study that is there is not written again.
 
@@ -49,34 +48,25 @@ def track(config: Params) -> tuple[str, str]:
         UserError: no MLflow store is available, or the tables are not those of a study with these parameters.
     """
     plan.check_parameters(config)
-    _check_files(plan.recorded())
+    plan.check_files(plan.recorded())
     store.connect(record.STUDY)
     record.publish(record.STUDY)
     values = {name: config.flat()[name] for name in VARIABLE}
     tables = [path.read_bytes() for path in (plan.RUNS, plan.HISTORY)]
     digest = lineage.md5(b"".join([json.dumps(values, sort_keys=True).encode(), *tables]))
-    try:
-        with store.lock():
-            for parent in store.search(record.STUDY, f"tags.`study.md5` = '{digest}'"):
-                if parent.info.status == "FINISHED":
-                    added = _log_results(parent.info.run_id)
-                    return parent.info.run_name, "has new results" if added else "was complete"
-                _delete(parent.info.run_id)  # its writer was stopped
-            return _write(config, digest, plan.read(*(table.decode() for table in tables))), "is now complete"
-    except (MlflowException, OSError) as error:
-        raise UserError(f"MLflow refuses: {store.first_line(error)}; `make study` tries again") from None
-
-
-def _check_files(stages: dict[str, Any]) -> None:
-    for path, md5 in lock.results(stages).items():
-        if lineage.file_md5(path) != md5:
-            raise UserError(f"{path} is not what the study has made; run `make study`")
+    with store.lock():
+        for parent in store.search(record.STUDY, f"tags.`study.md5` = '{digest}'"):
+            if parent.info.status == "FINISHED":
+                added = _log_results(parent.info.run_id)
+                return parent.info.run_name, "has new results" if added else "was complete"
+            _delete(parent.info.run_id)  # its writer was stopped
+        return _write(config, digest, plan.read(*(table.decode() for table in tables))), "is now complete"
 
 
 def _write(config: Params, digest: str, trained: list[tuple[plan.Row, plan.Outcome]]) -> str:
     """Write the parent and a child for each run, in three requests a child."""
     client, patch = mlflow.MlflowClient(), git.patch()
-    name = f"study of {len(trained)}, {git.commit()[:7]}{'' if patch == b'' else '+'}"
+    name = f"study of {len(trained)}, {digest[:7]}"
     experiment = store.experiment_id(record.STUDY)
     tags = runs.provenance(patch) | record.TAGS | {runs.DATA: data.DIGEST, "study.md5": digest}
     parent = client.create_run(experiment, tags=tags, run_name=name)
