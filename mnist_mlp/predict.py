@@ -36,12 +36,13 @@ def main() -> None:
     _, classify = champion.load()
     failed = False
     for path in pictures:
+        name = str(path).encode(errors="replace").decode()  # a file's name need not be UTF-8
         try:
             probabilities = classify(as_mnist(grey_levels((CALLER / path).read_bytes()))[np.newaxis])[0]
-            print(f"{path}: {probabilities.argmax()}, probability {probabilities.max():.4f}", flush=True)
+            print(f"{name}: {probabilities.argmax()}, probability {probabilities.max():.4f}", flush=True)
         except (UserError, OSError) as error:
             failed = True
-            print(f"predict: {path}: {getattr(error, 'strerror', error)}", file=sys.stderr)
+            print(f"predict: {name}: {getattr(error, 'strerror', error)}", file=sys.stderr)
     sys.exit(failed)
 
 

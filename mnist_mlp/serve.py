@@ -62,7 +62,7 @@ def main() -> None:
     gc.freeze()  # the libraries' objects stay; a search for garbage among them takes 0.4 s, while requests wait
     print(
         f"serving {record.NAME} version {version.version}, model {version.tags.get('model.md5', 'unknown')}\n"
-        f"to draw a digit, open http://127.0.0.1:{port}/; to send images, POST to its /invocations",
+        f"to draw, open http://127.0.0.1:{port}/; to send images, POST to its /invocations",
         flush=True,
     )
     try:

@@ -35,7 +35,7 @@ def main() -> None:
 
     reached = "reached" if metrics["accuracy"] >= config.evaluate.target_accuracy else "missed"
     print(f"test accuracy {metrics['accuracy']:.2%}: target {config.evaluate.target_accuracy:.2%} {reached}")
-    print(f"mean of batches {metrics['batch_mean_accuracy']:.4%}, as the tutorial counts; loss {metrics['loss']:.6f}")
+    print(f"mean of batches {metrics['batch_mean_accuracy']:.4%}; loss {metrics['loss']:.6f}")
 
 
 if __name__ == "__main__":

@@ -85,15 +85,19 @@ def test_a_clone_that_git_refuses_is_not_taken_for_an_archive(folder: Path) -> N
     assert message(refused).startswith("fatal: not a git repository: ")
 
 
-def test_repro_checks_the_parameters_first_and_completes_mlflow_and_verify_takes_a_name(folder: Path) -> None:
+def test_repro_and_study_check_the_parameters_first_and_complete_mlflow_and_options_are_passed_on(folder: Path) -> None:
     run(folder, "git", "init")
     run(folder, "git", "commit", "--allow-empty", "-m", "first")
     assert make(folder, "setup").returncode == 0
-    done = run(folder, "make", "-n", "repro", "verify", "MODEL=HEAD")
+    done = run(
+        folder, "make", "-n", "repro", "verify", "study", "study-check", "serve", "MODEL=HEAD", "RUNS=7", "PORT=80"
+    )
     steps = [line.removeprefix(".venv/bin/") for line in done.stdout.splitlines() if line.startswith(".venv/bin/")]
     assert steps == [
         "python -m mnist_mlp.params", "dvc repro", "python -m stages.track --news", "python -m mnist_mlp.verdict",
         "python -m mnist_mlp.verify 'HEAD'",
+        "python -m mnist_mlp.params", "dvc repro study/dvc.yaml", "python -m mnist_mlp.study.record",
+        "python -m mnist_mlp.study.check --runs '7'", "python -m mnist_mlp.serve --port '80'",
     ]  # fmt: skip
 
 

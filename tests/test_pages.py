@@ -35,9 +35,9 @@ def experiment(folder: Path, name: str = record.EXPERIMENT) -> Experiment:
     return found
 
 
-def table(folder: Path) -> dict[str, Any]:
-    """Decode the view of the pipeline's runs, as MLflow's page does."""
-    view = json.loads(experiment(folder).tags[pages.TAG])
+def table(folder: Path, name: str = record.EXPERIMENT) -> dict[str, Any]:
+    """Decode the view of an experiment's runs, as MLflow's page does."""
+    view = json.loads(experiment(folder, name).tags[pages.TAG])
     assert view["name"] == pages.VIEW
     kind, _, state = view["state"].partition(";")
     assert kind == "deflate"
@@ -86,6 +86,25 @@ def test_a_server_of_another_release_gets_no_view_and_one_that_refuses_it_fails_
     assert record.lead().endswith("workflowType=machine_learning")
 
 
+def test_the_line_to_the_page_quotes_the_folder_and_tells_no_password_and_a_users_note_stays(
+    tmp_path: Path, enter: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    enter(folder)
+    store.connect(record.STUDY)
+    assert record.lead_to_study(["a"]).startswith(f"to see it: cd '{folder}' && ")
+    grouped = table(folder, record.STUDY)["groupBy"]["groupByKeys"]
+    assert grouped == [{"mode": "tag", "groupByData": record.SETTING}]
+    identity = experiment(folder, record.STUDY).experiment_id
+    client(folder).set_experiment_tag(identity, "mlflow.note.content", "mine")
+    monkeypatch.setattr(store, "CHOSEN", "sqlite:////elsewhere.db")
+    assert '/mlflow ui --backend-store-uri "$MLFLOW_TRACKING_URI"\n' in record.lead_to_study(["a"])
+    monkeypatch.setattr(store, "CHOSEN", "http://user:secret@host/")
+    assert record.lead_to_study(["a"]).startswith("to see it, open\nhttp://host/#/experiments/")
+    assert experiment(folder, record.STUDY).tags["mlflow.note.content"] == "mine"
+
+
 def test_a_runs_page_begins_with_the_recipe_and_ends_with_where_the_data_come_from(finished: Path) -> None:
     (run,) = project.runs(finished)
     names = list(run.data.params)
@@ -118,7 +137,9 @@ def test_a_terminal_of_80_columns_is_wide_enough_and_is_told_each_thing_once(fin
     ours = [line for line in output.splitlines() if not line.startswith(("to see it: ", "http://"))]
     assert [line for line in ours if len(line) > WIDTH] == []
     number = r"\d\.\d{4} +\d+\.\d\d %"
-    epochs = [line for line in ours if re.fullmatch(rf"epoch +\d+  train {number}  test {number}", line)]
+    epochs = [
+        line for line in ours if re.fullmatch(rf"epoch +\d+  train {number}(  val {number})?  test {number}", line)
+    ]
     assert len(epochs) == project.SMALL["train.epochs"]
     assert output.count("MLflow: ") == output.count("http://") == 1
     assert "loading PyTorch" in output

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from lineage import UserError
 from mnist_mlp import params
+from mnist_mlp.recipe import data
 from tests import project
 
 ROOT = Path(__file__).parents[1]
@@ -25,6 +26,9 @@ def edited(key: str, value: str) -> str:
     text, edits = re.subn(rf"^(  {key}:).*(\n  - .*)*", lambda match: f"{match[1]} {value}", GOOD, flags=re.MULTILINE)
     assert edits == 1
     return text
+
+
+SECTIONS = ", ".join(params.Params.model_fields)
 
 
 def load(tmp_path: Path, content: str | bytes) -> params.Params:
@@ -88,6 +92,12 @@ def test_every_parameter_goes_by_the_name_that_dvc_has_for_it(tmp_path: Path) ->
         (edited("lr", "!!python/name:os.system"), ["line", "python/name:os.system"]),
         (edited("hidden", "[400, 0]"), ["model.hidden.1", "0", "greater than or equal to 1"]),
         (edited("hidden", "400"), ["model.hidden", "400", "list"]),
+        (edited("dpi", "0"), ["plot.dpi", "0", "greater than or equal to 50"]),
+        (edited("wrong_digits", "0"), ["plot.wrong_digits", "0", "greater than or equal to 1"]),
+        (edited("validation", str(data.SIZES["train"])), ["data.validation", f"less than {data.SIZES['train']}"]),
+        (edited("std", "0"), ["data.std", "0", "greater than 0"]),
+        (edited("threads", "0"), ["train.threads", "0", "greater than or equal to 1"]),
+        (edited("mirrors", "[]"), ["data.mirrors", "[]", "at least 1 item"]),
         (edited("device", "tpu"), ["train.device", "'tpu'", "'cpu' or 'cuda'"]),
         (edited("mirrors", "\n    - ftp://example.org"), ["data.mirrors.0", "ftp://example.org", "https"]),
         (edited("timeout", "1e300"), ["data.timeout", "1e+300", "less than"]),
@@ -98,12 +108,12 @@ def test_every_parameter_goes_by_the_name_that_dvc_has_for_it(tmp_path: Path) ->
             ["train.learning_rate", "0.1", "seed, epochs, batch_size, lr"],
         ),
         (GOOD.replace("  register:", "  registr:"), ["evaluate.registr", "target_accuracy, register"]),
-        (GOOD + "\nserve: {port: 80}\n", ["serve", "80", "data, model, train, evaluate, plot"]),
-        (GOOD + '\n"two\\nlines": 1\n', ["two\\nlines", "1", "data, model, train, evaluate, plot"]),
+        (GOOD + "\nserve: {port: 80}\n", ["serve", "80", SECTIONS]),
+        (GOOD + '\n"two\\nlines": 1\n', ["two\\nlines", "1", SECTIONS]),
         (GOOD.partition("\nplot:")[0], ["plot", "missing"]),
         (GOOD.partition("\nplot:")[0] + "\nplot:\n", ["plot", "None", "dpi, wrong_digits"]),
-        ("", ["None", "data, model, train, evaluate, plot"]),
-        ("- train\n- plot\n", ["['train', 'plot']", "data, model, train, evaluate, plot"]),
+        ("", ["None", SECTIONS]),
+        ("- train\n- plot\n", ["['train', 'plot']", SECTIONS]),
         ("train:\n\tlr: 0.1\n", ["line 2", "YAML", r"\t"]),
         (edited("hidden", "[400, 200"), ["line", "YAML"]),
         ("\x07", ["YAML", "#x0007"]),

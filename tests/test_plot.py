@@ -58,6 +58,13 @@ def test_the_published_curve_is_the_published_history() -> None:
     assert axes.get_title() == "test accuracy, ours and the tutorial's"
 
 
+def test_the_validation_curve_is_that_of_the_images_held_out() -> None:
+    ours = np.array([(0, 0.9, 0.8)], [("epoch", float), ("test_acc", float), ("val_acc", float)])
+    (axes,) = plot.curves("test_acc", ours, []).axes
+    drawn = {line.get_label(): list(np.asarray(line.get_ydata())) for line in axes.lines}
+    assert drawn == {"ours": [0.9], "ours, validation": [0.8]}
+
+
 @pytest.mark.parametrize(
     ("last", "labels"),
     [(0, [0]), (1, [0, 1]), (5, [0, 1, 2, 3, 4, 5]), (19, [0, 5, 10, 15, 19]), (20, [0, 5, 10, 15, 20])],
@@ -83,6 +90,8 @@ def test_a_row_of_the_confusion_matrix_is_what_a_digit_is() -> None:
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted", "actual")
     counts = {tuple(map(int, text.get_position())): text.get_text() for text in axes.texts}  # column, row
     assert counts == {(1, 1): "1", (2, 1): "2", (0, 0): "1"}
+    coloured = np.argwhere(np.asarray(axes.images[0].get_array())).tolist()
+    assert coloured == [[1, 2]]  # mistakes only
 
 
 def test_metrics_count_rows_by_what_a_digit_is(finished: Path) -> None:
@@ -103,6 +112,7 @@ def test_wrong_digits_are_shown_the_most_confident_first(finished: Path, mnist: 
     titles = [axes.get_title() for axes in shown]
     assert [title.splitlines()[1] for title in titles] == [as_shown(probability) for probability in expected]
     for axes in shown:
+        assert axes.images[0].get_cmap().name == "gray_r"  # ink is dark
         (index,) = np.flatnonzero((images == np.asarray(axes.images[0].get_array())).all((1, 2)))
         actual, predicted, probability = predictions[index].item()
         assert axes.get_title() == f"{actual:.0f} taken for {predicted:.0f}\n{as_shown(probability)}"

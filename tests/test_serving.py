@@ -1,6 +1,7 @@
 import http.client
 import io
 import json
+import os
 import shutil
 import socket
 import sys
@@ -21,7 +22,7 @@ from playwright.sync_api import expect, sync_playwright
 
 import lineage
 from lineage import UserError, registry, store
-from mnist_mlp import champion, predict, record, serve
+from mnist_mlp import champion, params, predict, record, serve
 from mnist_mlp.recipe import data, net
 from tests import project
 from tests.conftest import Call
@@ -96,6 +97,17 @@ def test_images_become_the_models_probabilities(
     url: str, repository: Repository, digits: NDArray[np.uint8], count: int
 ) -> None:
     assert_serves(url, repository, digits[:count])
+
+
+def test_only_this_machine_is_answered_and_no_page_loads_from_elsewhere(url: str) -> None:
+    address = urllib.parse.urlsplit(url)
+    for path, status in (("/", 200), ("/ping", 200), ("/health", 200), ("/docs", 404), ("/openapi.json", 404)):
+        connection = http.client.HTTPConnection(address.netloc, timeout=30)
+        connection.request("GET", path)
+        assert connection.getresponse().status == status
+    assert address.port
+    with pytest.raises(OSError, match="refused"):  # as all other addresses of this machine, which a network reaches
+        socket.create_connection(("127.0.0.2", address.port))
 
 
 def with_pixel(value: object) -> str:
@@ -263,7 +275,7 @@ def test_pictures_on_disk_are_read_whatever_they_look_like(
         "blank.png": "a blank picture: nothing on it stands out from the paper",
         "not a picture.png": "not a picture that Pillow can read",
         "cut short.png": "not a whole picture: image file is truncated",
-        "missing.png": "No such file or directory",
+        os.fsdecode(b"not UTF-8: \xff.png"): "No such file or directory",
     }
     paths = [*pictures, *wrong]
     monkeypatch.setattr(predict, "CALLER", tmp_path)  # a path starts where the user is
@@ -275,7 +287,7 @@ def test_pictures_on_disk_are_read_whatever_they_look_like(
     ]
     assert all(0.1 < float(probability) <= 1 for _, _, probability in lines)
     for line, (name, reason) in zip(errors.splitlines(), wrong.items(), strict=True):
-        assert line.startswith(f"predict: {name}: {reason}")
+        assert line.startswith(f"predict: {name.encode(errors='replace').decode()}: {reason}")
 
 
 def test_a_port_in_use_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,7 +320,8 @@ def test_a_champion_of_other_data_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.usefixtures("repository")
 def test_a_pickled_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    mlflow.pytorch.log_model(net.mlp([8]), name="pickled", serialization_format="pickle", pip_requirements=[])
+    model = net.mlp(params.load().model.hidden)
+    mlflow.pytorch.log_model(model, name="pickled", serialization_format="pickle", pip_requirements=[])
     crown("pickled")
     monkeypatch.setattr(registry, "CHAMPION", "pickled")
     with pytest.raises(UserError, match="pickle is disallowed"):
@@ -323,5 +336,5 @@ def test_the_server_says_its_address(
     monkeypatch.setattr(uvicorn.Server, "run", lambda *_, **__: None)
     serve.main()
     assert capsys.readouterr().out.splitlines()[-1] == (
-        f"to draw a digit, open http://127.0.0.1:{port}/; to send images, POST to its /invocations"
+        f"to draw, open http://127.0.0.1:{port}/; to send images, POST to its /invocations"
     )
