@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -22,6 +23,7 @@ import distributed
 import mlflow
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 import torch
 import yaml
@@ -99,9 +101,8 @@ def rows(folder: Path, path: Path = plan.RUNS) -> list[dict[str, str]]:
     return list(csv.DictReader((folder / path).read_text().splitlines()))
 
 
-def results(folder: Path) -> dict[str, bytes]:
-    files = sorted((folder / "results/study").rglob("*.*"))
-    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+def outcomes(folder: Path) -> list[plan.Outcome]:
+    return [run for _, run in plan.read(*((folder / path).read_text() for path in (plan.RUNS, plan.HISTORY)))]
 
 
 def forget(folder: Path) -> None:
@@ -339,47 +340,32 @@ def dask_cluster(tmp_path: Path) -> Iterator[Cluster]:
 
 @full
 def test_a_cluster_gives_the_same_bytes_though_a_worker_dies_and_others_are_not_fit(
-    studied: Path, repository: Path, dask_cluster: Cluster, tmp_path: Path
-) -> None:
-    """One worker has other arithmetic, one has two threads; of three others, one is killed in its first run."""
-    forget(repository)
-    project.edit(repository, {"study.seeds": SEEDS})
+    repository: Path, enter: Callable[[Path], None], dask_cluster: Cluster, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """One worker has other arithmetic, one has two threads; of two others, one is killed in its first run."""
+    enter(repository)
     preload = tmp_path / "other.py"
     preload.write_text(OTHER_ARITHMETIC)
     dask_cluster.worker("--nthreads", "1", "--preload", str(preload))
     dask_cluster.worker("--nthreads", "2")
-    # The first one stops in its first run, for good: it is killed there.
-    marker = tmp_path / "in a run"
-    trap = tmp_path / "trap.py"
-    trap.write_text(f"""if True:
-        import os, pathlib, signal, threading, time, sys
+    trap = tmp_path / "trap.py"  # sets itself when the worker has got the code
+    trap.write_text("""if True:
+        import os, signal, sys, threading, time
         def watch():
-            while True:
-                training = sys.modules.get("mnist_mlp.recipe.training")
-                if training and hasattr(training, "train"):
-                    break
+            while not hasattr(sys.modules.get("mnist_mlp.recipe.training"), "train"):
                 time.sleep(0.01)
-            original = training.train
-            def train(*arguments):
-                pathlib.Path({str(marker)!r}).touch()
-                os.kill(os.getpid(), signal.SIGKILL)
-            training.train = train
+            sys.modules["mnist_mlp.recipe.training"].train = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
         threading.Thread(target=watch, daemon=True).start()""")
     doomed = dask_cluster.worker("--nthreads", "1", "--preload", str(trap))
-    dask_cluster.worker()
-    process = subprocess.Popen(REPLICATE, cwd=repository, env=dask_cluster.env, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True)  # fmt: skip
-    doomed.wait(120)
-    assert marker.exists()
-    dask_cluster.worker()  # joins late
-    output, errors = process.communicate(timeout=240)
-    assert process.returncode == 0, errors
-    assert trained(output) == (SEEDS, SEEDS)
-    assert re.search(r"worker tcp://127.0.0.1:\d+ is left out: it computes other bytes", errors)
-    assert re.search(r"worker tcp://127.0.0.1:\d+ is left out: it has 2 threads", errors)
-    assert len(errors.splitlines()) == 2
-    assert rows(repository) == rows(studied)
-    assert rows(repository, plan.HISTORY) == rows(studied, plan.HISTORY)
+    with dask.config.set({"scheduler-address": dask_cluster.env["DASK_SCHEDULER_ADDRESS"]}):
+        runs = cluster.run_all(plan.configs(params.load()))
+        threading.Timer(0, lambda: doomed.wait() and dask_cluster.worker()).start()  # joins late
+        assert dict(runs) == dict(enumerate(outcomes(repository)))
+    assert doomed.poll() == -signal.SIGKILL
+    first, second = sorted(capsys.readouterr().err.splitlines())
+    assert re.match(r"worker tcp://127.0.0.1:\d+ is left out: it computes other bytes", first)
+    assert re.match(r"worker tcp://127.0.0.1:\d+ is left out: it has 2 threads", second)
     assert not list(dask_cluster.folder.rglob("runs.csv"))
 
 
@@ -401,26 +387,23 @@ def test_new_code_reaches_workers_that_have_run_a_study_before(
 
 
 @full
-def test_a_worker_that_dies_costs_its_run_only_while_the_others_go_on(studied: Path, repository: Path) -> None:
+def test_a_worker_that_dies_costs_its_run_only_while_the_others_go_on(
+    repository: Path, enter: Callable[[Path], None], capfd: pytest.CaptureFixture[str]
+) -> None:
     """Of the local cluster, which starts another one. The run waits until its worker is killed."""
-    forget(repository)
-    stop = "if config.train.seed == 1 and not Path('once').exists(): Path('once').touch(); import time; time.sleep(600)"
-    change_training(repository, stop.replace("'once'", repr(str(repository / "once"))))
-    study_process = subprocess.Popen(
-        REPLICATE, cwd=repository, env=project.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    enter(repository)
+    once = repr(str(repository / "once"))
+    stop = (
+        f"if config.train.seed == 1 and not Path({once}).exists(): Path({once}).touch(); import time; time.sleep(600)"
     )
-    while not (repository / "once").exists() or len(list((repository / "study/runs").glob("*.json"))) < SEEDS - 1:
-        assert study_process.poll() is None
-        time.sleep(0.01)
-    tasks = Path(f"/proc/{study_process.pid}/task")
-    children = [int(pid) for file in tasks.glob("*/children") for pid in file.read_text().split()]
-    for pid in children:
-        if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text():  # a worker, rather than Python's helper
-            os.kill(pid, signal.SIGKILL)
-    output, errors = study_process.communicate(timeout=project.NEVER)
-    assert (study_process.returncode, errors) == (0, "")
-    assert trained(output) == (SEEDS, SEEDS)
-    assert rows(repository) == rows(studied)
+    change_training(repository, stop)
+    runs = cluster.run_all(plan.configs(params.load()))
+    ended = dict(next(runs) for _ in range(SEEDS - 1))
+    for process in psutil.Process().children(recursive=True):
+        if "spawn_main" in " ".join(process.cmdline()):  # a worker, rather than Python's helper
+            process.kill()
+    assert ended | dict(runs) == dict(enumerate(outcomes(repository)))
+    assert capfd.readouterr().err == ""
 
 
 @full
@@ -518,23 +501,22 @@ def test_a_scheduler_without_workers_and_one_that_is_not_there_are_one_line(
 
 
 @full
-def test_a_scheduler_that_is_lost_is_one_line(repository: Path, dask_cluster: Cluster) -> None:
-    forget(repository)
+def test_a_scheduler_that_is_lost_is_one_line(
+    repository: Path, enter: Callable[[Path], None], dask_cluster: Cluster
+) -> None:
+    enter(repository)
     dask_cluster.worker()
     change_training(repository, "if config.train.seed > 1: import time; time.sleep(600)")
-    process = subprocess.Popen(
-        REPLICATE, cwd=repository, env=dask_cluster.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    address = dask_cluster.env["DASK_SCHEDULER_ADDRESS"]
+    line = (
+        f"^the scheduler at DASK_SCHEDULER_ADDRESS={address} does not answer .*; start it, then run this again; `make"
     )
-    while not list((repository / "study/runs").glob("*.json")):
-        assert process.poll() is None
-        time.sleep(0.01)
-    dask_cluster.stop()
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 1
-    line = f"replicate: the scheduler at DASK_SCHEDULER_ADDRESS={dask_cluster.env['DASK_SCHEDULER_ADDRESS']} does not "
-    assert errors.startswith(line)
-    assert errors.endswith("then run this again; `make study` keeps finished runs\n")
-    assert len(errors.splitlines()) == 1
+    with dask.config.set({"scheduler-address": address}):
+        runs = cluster.run_all(plan.configs(params.load()))
+        assert next(runs) == (0, outcomes(repository)[0])
+        dask_cluster.stop()
+        with pytest.raises(UserError, match=line):
+            next(runs)
 
 
 @full
