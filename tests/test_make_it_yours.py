@@ -94,6 +94,7 @@ def walk(folder: Path, mirror: Path) -> None:
         (old_mirrors, f"  - file://{mirror}\n"),
         ("mean: 0.5", "mean: 0.4"),
         ("std: 0.5", "std: 0.2"),
+        ("validation: 0", "validation: 100"),
     )
 
     # 2. Another net, 3. another optimiser
@@ -104,16 +105,15 @@ def walk(folder: Path, mirror: Path) -> None:
     new_optimizer = adam.replace("lr=config.train.lr", "lr=config.train.lr, betas=(config.train.beta, 0.999)")
     edit(folder, "mnist_mlp/recipe/training.py", (old_optimizer, indented(new_optimizer)))
 
-    # 4. A new parameter
-    edit(folder, "params.yaml", ("  lr: 0.1\n", "  lr: 0.01\n  beta: 0.9\n"))
-    field, listed = "    beta: Annotated[float, Field(ge=0, lt=1)]\n", '    "train.beta", "train.momentum"'
+    # 4. A new parameter takes the place of one that is no longer needed
+    edit(folder, "params.yaml", ("  lr: 0.1\n", "  lr: 0.01\n"), ("  momentum: 0.0\n", "  beta: 0.9\n"))
     edit(
         folder,
         "mnist_mlp/recipe/params.py",
-        ("    momentum: Annotated", f"{field}    momentum: Annotated"),
-        ('    "train.momentum"', listed),
+        ("    momentum: Annotated", "    beta: Annotated"),
+        ('    "train.momentum"', '    "train.beta"'),
     )
-    edit(folder, "study/dvc.yaml", ("    - train.device\n", "    - train.beta\n    - train.device\n"))
+    edit(folder, "study/dvc.yaml", ("    - train.momentum\n", "    - train.beta\n"))
 
     # 5. A new metric
     held_out = "    if config.data.validation:\n        held_out"
@@ -149,7 +149,12 @@ def walk(folder: Path, mirror: Path) -> None:
         ("seeds: 100", "seeds: 2"),
         ("epochs: 20", "epochs: 10"),
     )
-    edit(folder, "tests/project.py", ('"train.batch_size": 250', '"train.batch_size": 50'))
+    edit(
+        folder,
+        "tests/project.py",
+        ('"train.batch_size": 250', '"train.batch_size": 50'),
+        ('{"train.lr": 0.05}', '{"train.beta": 0.8}'),
+    )
 
 
 def indented(code: str) -> str:
