@@ -89,7 +89,9 @@ def uri() -> str:
         advice, target = "start it or unset it", urlsplit(address)
         if proxy := get_environ_proxies(address).get(target.scheme):
             advice = f"the proxy {first_line(proxy)} was asked; export NO_PROXY={target.hostname} to ask the server"
-        raise UserError(f"no MLflow store answers at MLFLOW_TRACKING_URI, {advice}: {first_line(error)}") from None
+        cause = re.search(r"\[Errno -?\d+\] [\w ]+", str(error))  # in the words of several libraries around it
+        reason = f"{first_line(address)}: {cause[0]}" if cause else first_line(error)
+        raise UserError(f"no MLflow store answers at MLFLOW_TRACKING_URI, {advice}: {reason}") from None
     return address
 
 
