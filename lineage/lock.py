@@ -34,7 +34,7 @@ def recorded(params: Mapping[str, object]) -> dict[str, Any]:
         if (now := params.get(key, "missing")) != value:
             raise UserError(f"params.yaml: {key} is {now}, and the results were made with {value}; {advice}")
     needed = [dependency for stage in pipeline.values() for dependency in stage.get("deps", [])]
-    for name in pipeline.keys() - stages.keys() - {TRACK}:  # such as one with a new name
+    for name in [name for name in pipeline if name not in {*stages, TRACK}]:  # such as one with a new name
         if any(Path(path).is_relative_to(dependency) for path in paths(pipeline[name]) for dependency in needed):
             raise UserError(f"stage {name} has not run; {advice}")
     present: dict[str, str | None] = {}
@@ -127,13 +127,17 @@ def locked_stages(lock: bytes, pipeline: bytes) -> dict[str, Any]:
 
 def results(stages: dict[str, Any]) -> dict[str, str]:
     """Give the MD5 of each file and folder that the stages of a ``dvc.lock`` have made, by path."""
-    return {file["path"]: file["md5"] for stage in stages.values() for file in stage.get("outs", [])}
+    return _hashes(stages, "outs")
 
 
 def dependencies(stages: dict[str, Any]) -> dict[str, str]:
-    """Give the MD5 of each file and folder that the stages of a ``dvc.lock`` depend on, by path; a URL has none."""
-    files = [file for stage in stages.values() for file in stage.get("deps", [])]
-    return {file["path"]: file["md5"] for file in files if "md5" in file}
+    """Give the MD5 of each file and folder that the stages of a ``dvc.lock`` depend on, by path."""
+    return _hashes(stages, "deps")
+
+
+def _hashes(stages: dict[str, Any], kind: str) -> dict[str, str]:
+    files = [file for stage in stages.values() for file in stage.get(kind, [])]
+    return {file["path"]: file["md5"] for file in files if "md5" in file}  # a URL has none
 
 
 def parameters(stages: dict[str, Any]) -> dict[str, Any]:
