@@ -96,6 +96,19 @@ def test_the_figures_of_the_pages_are_those_of_the_results() -> None:
         "The median is {:.2f} % over batches, and {:.2f} % exactly counted".format(*medians),
     ):
         assert text in PAGES["README.md"]
+    trained = plan.read(*((ROOT / path).read_text() for path in (plan.RUNS, plan.HISTORY)))
+    ((seed, epoch),) = ((row["seed"], len(run.history) + 1) for row, run in trained if not run.metrics)
+    low, high = (100 * bound for bound in found["target"]["interval"])
+    for text in (
+        f"in {found['target']['reached']} of {found['runs']} runs (95 % interval of the share: ",
+        f"{low:.2f} % to {high:.2f} %)",
+        f"the lowest is at {100 * found['accuracy']['min']:.2f} %, and one, seed {seed}, diverged",
+        f"diverged in its {epoch}th epoch",
+        f"above {found['last_epoch']['test_acc']['percentile']:.0f} % of the runs",
+        f"It has {100 * metrics['accuracy']:.2f} % of the test images right, exactly counted, and "
+        f"{100 * metrics['batch_mean_accuracy']:.4f} % as a mean over batches",
+    ):
+        assert text in PAGES["study.md"]
 
 
 def test_each_promise_in_the_table_has_quick_tests() -> None:
