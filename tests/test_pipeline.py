@@ -31,7 +31,7 @@ def repository(finished: Path, tmp_path: Path) -> Path:
     return project.copy(finished, tmp_path / "repository", store=False)
 
 
-def test_one_pipeline_run_is_one_mlflow_run_with_all_that_leads_back_to_its_origin(finished: Path) -> None:
+def test_one_pipeline_run_is_one_mlflow_run_with_the_data_the_curves_and_the_plots(finished: Path) -> None:
     (run,) = project.runs(finished)
     assert run.data.metrics.keys() >= {"accuracy", *FIGURES}
     lock = yaml.safe_load((finished / "dvc.lock").read_text())["stages"]
@@ -41,10 +41,6 @@ def test_one_pipeline_run_is_one_mlflow_run_with_all_that_leads_back_to_its_orig
 
     assert run.info.status == "FINISHED"
     assert run.data.tags["model.md5"] == lock["train"]["outs"][1]["md5"]
-    assert run.data.tags["git.commit"] == project.run(finished, "git", "rev-parse", "HEAD~").stdout.strip()
-    assert run.data.tags["git.branch"] == "main"
-    assert run.data.tags["git.patch.md5"] == "none"
-    assert run.info.run_name == f"main-{run.data.tags['git.commit'][:7]}"
     assert {"python", "torch", "cpu"} <= run.data.tags.keys()
     assert run.data.params["model.hidden"] == str(project.SMALL["model.hidden"])
     assert run.data.params["train.lr"] == str(project.LR)
@@ -64,13 +60,10 @@ def test_one_pipeline_run_is_one_mlflow_run_with_all_that_leads_back_to_its_orig
     for path in ("metrics.json", *plots):
         content = Path(client.download_artifacts(run.info.run_id, path)).read_bytes()
         assert content == (finished / "results" / path).read_bytes()
-    del lock["track"]
-    assert yaml.safe_load(mlflow.artifacts.load_text(f"{run.info.artifact_uri}/dvc.lock.yaml"))["stages"] == lock
     description = run.data.tags["mlflow.note.content"]
     assert f"**{metrics['accuracy']:.2%}**" in description
     assert "target 50.00% reached" in description
     assert all(f"published {row['test_acc']:.4%}" in description for row in published_history()[-1:])
-    assert f"make verify MODEL={run.info.run_id}" in description
 
 
 @pytest.mark.recipe
