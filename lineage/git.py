@@ -54,7 +54,8 @@ def patch() -> bytes | None:
         UserError: this folder lies inside of a repository, from which nothing could be run again.
     """
     if inside := run("rev-parse", "--show-prefix").stdout.strip():
-        raise UserError(f"this is the folder {inside.decode()} of a Git repository; it needs a repository of its own")
+        name = inside.decode(errors="replace")
+        raise UserError(f"this is the folder {name} of a Git repository; it needs a repository of its own")
     with tempfile.TemporaryDirectory() as folder:
         index = {"GIT_INDEX_FILE": str(Path(folder, "index"))}  # the user's own index stays as it is
         if run("read-tree", commit(), env=index).returncode or (code := _code(index)) is None:

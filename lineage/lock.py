@@ -1,5 +1,6 @@
 """``dvc.lock``: what DVC has recorded of each stage - its parameters, what it depends on, and what it has made."""
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,28 +16,34 @@ TRACK = "track"  # the stage that records the others; DVC writes its own entry w
 
 
 def recorded(params: Mapping[str, object]) -> dict[str, Any]:
-    """Read the stages of ``dvc.lock`` that dvc.yaml still has, but for the one that records the others.
+    """Read the stages of ``dvc.lock`` on which the one that records them depends.
+
+    DVC may run others after it, so these are no part of the state.
 
     Args:
         params: the present parameters by their dotted names.
 
     Raises:
-        UserError: a parameter, dependency or result is not the recorded one, so the results are not of this state.
+        UserError: a command, parameter, dependency or result is not the recorded one, so the results are not of this
+            state.
     """
     pipeline = pipeline_stages(Path("dvc.yaml").read_bytes())
+    needed = _upstream(pipeline, TRACK) - {TRACK} if TRACK in pipeline else pipeline.keys()
     try:
-        stages = locked_stages(LOCK.read_bytes(), Path("dvc.yaml").read_bytes())
+        locked = read_stages(LOCK.read_bytes())
     except FileNotFoundError:
         raise UserError(f"there is no {LOCK}, so there are no results yet; run `dvc repro`") from None
     frozen = [name for name, stage in pipeline.items() if stage.get("frozen")]
     advice = f"run `dvc unfreeze {' '.join(frozen)}`, then `dvc repro`" if frozen else "run `dvc repro`"
+    stages = {name: locked[name] for name in pipeline if name in needed and name in locked}
+    for name in [name for name in pipeline if name in needed]:
+        if name not in locked:
+            raise UserError(f"stage {name} has not run; {advice}")
+        if str(pipeline[name].get("cmd")).replace("\\${", "${") != str(locked[name].get("cmd")):
+            raise UserError(f"the command of stage {name} has changed since it last ran; {advice}")
     for key, value in parameters(stages).items():
         if (now := params.get(key, "missing")) != value:
             raise UserError(f"params.yaml: {key} is {now}, and the results were made with {value}; {advice}")
-    needed = [dependency for stage in pipeline.values() for dependency in stage.get("deps", [])]
-    for name in [name for name in pipeline if name not in {*stages, TRACK}]:  # such as one with a new name
-        if any(Path(path).is_relative_to(dependency) for path in paths(pipeline[name]) for dependency in needed):
-            raise UserError(f"stage {name} has not run; {advice}")
     present: dict[str, str | None] = {}
     for name, stage in stages.items():
         for path, digest in (dependencies({name: stage}) | results({name: stage})).items():
@@ -83,9 +90,12 @@ def pipeline_stages(content: bytes) -> dict[str, Any]:
     """
     stages = read_stages(content)
     for name, stage in stages.items():
-        files = [stage.get(kind) for kind in ("deps", "params", "outs", "metrics", "plots")]
-        own = any(isinstance(parameter, Mapping) for parameter in stage.get("params", []))
-        if {"foreach", "matrix", "wdir"} & stage.keys() or "${" in str(files) or own:
+        named = {file for entry in stage.get("params", []) if isinstance(entry, Mapping) for file in entry}
+        if (
+            {"foreach", "matrix", "wdir"} & stage.keys()
+            or re.search(r"(?<!\\)\$\{", str(stage))
+            or named - {"params.yaml"}
+        ):
             raise UserError(
                 f"dvc.yaml: stage {name} has foreach, matrix, wdir, ${{...}} or a file of parameters, which is not "
                 "read here; write it out, with its parameters in params.yaml"
@@ -120,9 +130,30 @@ def _flat(values: Mapping[str, Any], section: str = "") -> Iterator[tuple[str, A
 
 
 def locked_stages(lock: bytes, pipeline: bytes) -> dict[str, Any]:
-    """Give the stages of a ``dvc.lock`` that its dvc.yaml has, but for ``TRACK``: DVC keeps the entries of others."""
-    names = pipeline_stages(pipeline).keys() - {TRACK}
+    """Give the stages of a ``dvc.lock`` that ``run_again`` names; DVC keeps the entries of others, too."""
+    names = run_again(pipeline)
     return {name: stage for name, stage in read_stages(lock).items() if name in names}
+
+
+def run_again(pipeline: bytes) -> list[str]:
+    """Name the stages of a ``dvc.yaml`` that can be run without ``TRACK``: neither it nor what depends on it."""
+    stages = pipeline_stages(pipeline)
+    return [name for name in stages if TRACK not in _upstream(stages, name)]
+
+
+def _upstream(stages: Mapping[str, Any], name: str) -> set[str]:
+    """Name the stages of a ``dvc.yaml`` on which one depends, and itself."""
+    found, new = {name}, {name}
+    while new:
+        needed = [Path(path) for known in new for path in stages.get(known, {}).get("deps", [])]
+        new = {
+            other
+            for other in stages.keys() - found
+            for made in map(Path, paths(stages[other]))
+            if any(made.is_relative_to(path) or path.is_relative_to(made) for path in needed)
+        }
+        found |= new
+    return found
 
 
 def results(stages: dict[str, Any]) -> dict[str, str]:
@@ -136,8 +167,8 @@ def dependencies(stages: dict[str, Any]) -> dict[str, str]:
 
 
 def _hashes(stages: dict[str, Any], kind: str) -> dict[str, str]:
-    files = [file for stage in stages.values() for file in stage.get(kind, [])]
-    return {file["path"]: file["md5"] for file in files if "md5" in file}  # a URL has none
+    files = [file for stage in stages.values() for file in stage.get(kind, [])]  # a URL is left to DVC
+    return {file["path"]: file["md5"] for file in files if "md5" in file and "://" not in file["path"]}
 
 
 def parameters(stages: dict[str, Any]) -> dict[str, Any]:

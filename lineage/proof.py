@@ -71,22 +71,22 @@ def prove_commit(revision: str, data_files: Sequence[Path]) -> Proof:
     committed_lock, pipeline = (git.run("show", f"{commit}:{file}") for file in ("dvc.lock", "dvc.yaml"))
     stages = {} if committed_lock.returncode else lock.locked_stages(committed_lock.stdout, pipeline.stdout)
     expected = _results(stages, name)
-    if forged := _forged(commit, expected):
-        return Proof(name, forged)
     print(f"running {name} again", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         clone = _clone(commit, Path(folder), data_files)
+        if forged := _forged(clone, expected):
+            return Proof(name, forged)
         _run_again(clone)
         actual = _actual(clone)
     return Proof(name, _first_difference(expected, actual, "in dvc.lock"))
 
 
-def _forged(commit: str, expected: Values) -> list[str]:
+def _forged(clone: Path, expected: Values) -> list[str]:
     """Compare the results that are in Git with the commit's ``dvc.lock``: people read the former."""
-    for path, digest in expected.items():
-        content = git.run("show", f"{commit}:{path}")  # of a folder, its list
-        if content.returncode == 0 and not digest.endswith(".dir") and md5(content.stdout) != digest:
-            return [f"{path} is {md5(content.stdout)} in Git, {digest} in dvc.lock"]
+    with chdir(clone):
+        for path, digest in expected.items():
+            if git.run("ls-files", "--", path).stdout and (found := lock.path_md5(path)) != digest:
+                return [f"{path} is {found} in Git, {digest} in dvc.lock"]
     return []
 
 
@@ -118,7 +118,8 @@ def prove_run(run: Run, model: str, project: Project) -> Proof:
         expected = {runs.DATA: run.data.tags[runs.DATA], **epochs, **files, **metrics, **stored}
         again, rebuilt = _run_of(clone, project)
         metrics = {name: str(results[name]) for name in names}
-        actual = {runs.DATA: again.data.tags[runs.DATA], **_epochs(rows), **_actual(clone), **metrics, **rebuilt}
+        made = {path: digest for path, digest in _actual(clone).items() if path in files}  # what `track` depends on
+        actual = {runs.DATA: again.data.tags[runs.DATA], **_epochs(rows), **made, **metrics, **rebuilt}
     difference = _first_difference(expected, actual, "in the run")
     return Proof(origin, difference and difference + _environment(run, again, (*project.tags, *ENVIRONMENT)))
 
@@ -264,7 +265,7 @@ def _results(stages: dict[str, Any], origin: str) -> Values:
 
 
 def _actual(clone: Path) -> Values:
-    return lock.results(lock.read_stages((clone / lock.LOCK).read_bytes()))
+    return lock.results(lock.locked_stages((clone / lock.LOCK).read_bytes(), (clone / "dvc.yaml").read_bytes()))
 
 
 def _clone(commit: str, folder: Path, data_files: Sequence[Path]) -> Path:
@@ -298,7 +299,7 @@ def _run_again(clone: Path) -> None:
         "MLFLOW_TRACKING_URI": f"sqlite:///{clone}/mlflow.db",
         "DVC_SITE_CACHE_DIR": str(clone / ".dvc/site"),
     }
-    stages = lock.pipeline_stages((clone / "dvc.yaml").read_bytes()).keys() - {lock.TRACK}
+    stages = lock.run_again((clone / "dvc.yaml").read_bytes())
     (clone / lock.LOCK).unlink(missing_ok=True)  # what is in it afterwards has been made here
     # By --force and --no-commit nothing is taken from, or put into, a cache that this user's repositories may share.
     # By --quiet DVC does not ask to commit or push what it made; the stages still print their lines.

@@ -35,7 +35,7 @@ def main() -> None:
         raise UserError(f"{METRICS} is missing; `dvc repro` makes it")
     try:
         metrics = json.loads(METRICS.read_text())
-        accuracy, batch_mean = metrics["accuracy"], metrics["batch_mean_accuracy"]
+        accuracy, batch_mean = (float(metrics[name]) for name in ("accuracy", "batch_mean_accuracy"))
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{METRICS} {lock.DAMAGED}") from None
     published = "".join(f", published {row['test_acc']:.4%}" for row in published_history()[-1:])

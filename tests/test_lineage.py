@@ -173,10 +173,6 @@ def test_a_stage_that_dvc_yaml_no_longer_has_is_no_part_of_the_state(repository:
     assert only().data.to_dictionary() == before.data.to_dictionary()
 
 
-def pipeline(more: dict[str, Any]) -> None:
-    Path("dvc.yaml").write_text(yaml.safe_dump({"stages": {"fit": {"cmd": "true"} | more}}))
-
-
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
@@ -189,17 +185,58 @@ def pipeline(more: dict[str, Any]) -> None:
             lambda: Path("dvc.yaml").write_text(Path("dvc.yaml").read_text().replace("  fit:", "  adjust:")),
             "stage adjust has not run; run `dvc repro`",
         ),
-        *(
-            (lambda more=more: pipeline(more), "dvc.yaml: stage fit has foreach, matrix, wdir, ${...} or a file of")
-            for more in ({"matrix": {"a": [1]}}, {"wdir": "."}, {"deps": ["${a}"]}, {"params": [{"b.yaml": ["c"]}]})
+        (
+            lambda: Path("dvc.yaml").write_text(Path("dvc.yaml").read_text().replace("  score:", "  judge:")),
+            "stage judge has not run; run `dvc repro`",
+        ),
+        (
+            lambda: Path("dvc.yaml").write_text(Path("dvc.yaml").read_text().replace("toy score", "toy --fast score")),
+            "the command of stage score has changed since it last ran; run `dvc repro`",
+        ),
+        (
+            lambda: Path("params.yaml").write_text(Path("params.yaml").read_text().replace("lr:", "rate:")),
+            "params.yaml: fit.lr is missing, and the results were made with 0.1; run `dvc repro`",
         ),
     ],
-    ids=["parameter", "result", "lost", "no lock", "merge", "name", "matrix", "wdir", "vars", "params"],
 )
 def test_results_of_another_state_are_refused(repository: Path, damage: Callable[[], object], reason: str) -> None:
     damage()
     with pytest.raises(UserError, match=re.escape(reason)):
         toy.track()
+
+
+@pytest.mark.parametrize(
+    "part",
+    ["matrix: {a: [1]}", "foreach: [1]", "wdir: .", "deps: ['${a}']", "outs: [{'${a}': {}}]", "cmd: 'echo ${a}'",
+     "params: [{other.yaml: [a]}]"],
+)  # fmt: skip
+def test_what_only_dvc_can_read_is_refused(part: str) -> None:
+    with pytest.raises(UserError, match=r"^dvc.yaml: stage fit has foreach, matrix, wdir, \$\{...\} or a file of"):
+        lock.pipeline_stages(f"stages: {{fit: {{{part}}}}}".encode())
+
+
+def test_stages_that_others_write_are_read() -> None:
+    stages = {"fit": {"cmd": "echo \\${HOME}", "params": [{"params.yaml": ["lr"]}, "epochs"]}}
+    assert lock.pipeline_stages(yaml.safe_dump({"stages": stages}).encode()) == stages
+    with pytest.raises(UserError, match="is damaged, or in a merge"):
+        lock.read_stages(b"stages: {fit: text}")
+
+
+def test_what_runs_beside_or_after_track_is_no_part_of_the_state(repository: Path) -> None:
+    """DVC may run it later, so `track` cannot wait for it. A proof of the commit runs what needs no `track`."""
+    content = yaml.safe_load(Path("dvc.yaml").read_text())
+    content["stages"]["track"]["outs"] = ["tracked.txt"]
+    content["stages"] |= {
+        "page": {"cmd": "cp tracked.txt page.txt", "deps": ["tracked.txt"], "outs": ["page.txt"]},
+        "beside": {"cmd": "echo 1 > beside.txt", "outs": ["beside.txt"]},
+        "more": {"cmd": "cp beside.txt more.txt", "deps": ["beside.txt"], "plots": ["more.txt"]},
+    }
+    Path("dvc.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    toy.track()
+    assert_complete(found()[0])
+    assert lock.recorded(toy.load_params()).keys() == {"fit", "score"}
+    assert lock.run_again(Path("dvc.yaml").read_bytes()) == ["fit", "score", "beside", "more"]
+    assert lock.paths(content["stages"]["more"]) == ["more.txt"]
 
 
 def test_a_url_that_a_stage_depends_on_is_left_to_dvc(repository: Path) -> None:
@@ -490,6 +527,24 @@ def test_a_database_that_refuses_is_one_line_and_the_run_has_failed(repository: 
     with pytest.raises(UserError, match=r"^MLflow refuses: \(sqlite3.OperationalError\) no such table: main.away$"):
         toy.fit()
     assert found()[0].info.status == "FAILED"
+
+
+def test_what_mlflow_refuses_is_one_line_wherever_it_does(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, line = only(), "^MLflow refuses: no more; `make track` tries again$"
+
+    def refuse(*_: object, **__: object) -> None:
+        raise MlflowException("no more")
+
+    calls: list[tuple[str, Callable[[], object]]] = [
+        ("search_model_versions", lambda: registry.crown(toy.NAME, toy.dataset().digest, ["accuracy"])),
+        ("search_model_versions", lambda: registry.register(run, toy.NAME, "", ["accuracy"])),
+        ("set_tag", toy.track),
+    ]
+    for name, use in calls:
+        with monkeypatch.context() as patch:
+            patch.setattr(mlflow.MlflowClient, name, refuse)
+            with pytest.raises(UserError, match=line):
+                use()
 
 
 def test_two_first_runs_at_once_are_both_kept(without_store: Path) -> None:
@@ -783,6 +838,12 @@ def test_a_commit_with_other_results_in_git_than_in_dvc_lock_is_different(copies
     project.commit(copies)
     (line,) = proof.prove_commit("HEAD", []).difference
     assert line == f"first.txt is {lineage.md5(b'better')} in Git, {lineage.md5(b'in')} in dvc.lock"
+    project.run(copies, "git", "checkout", "--quiet", "HEAD~", "first.txt")
+    Path("alone/out").write_text("better")
+    project.run(copies, "git", "add", "--force", "alone")
+    project.commit(copies)
+    (line,) = proof.prove_commit("HEAD", []).difference
+    assert line.startswith(f"alone is {lock.path_md5('alone')} in Git, ")
 
 
 def test_a_commit_without_results_is_refused(copies: Path) -> None:

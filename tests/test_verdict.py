@@ -179,7 +179,7 @@ def test_a_result_that_the_pipeline_has_not_made_is_named_and_the_advice_restore
     assert check(repository).stdout.endswith(f"\n{REPRODUCED}\n")
 
 
-@pytest.mark.parametrize("content", ["<<<<<<<", "{}", "[1]"])
+@pytest.mark.parametrize("content", ["<<<<<<<", "{}", "[1]", '{"accuracy": null}'])
 def test_metrics_that_are_none_are_one_line(repository: Path, content: str) -> None:
     (repository / "results/metrics.json").write_text(content)
     done = check(repository)

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 from ruamel.yaml import YAML
 
-import lineage
 from lineage import UserError, lock
 from mnist_mlp.params import Params
 from mnist_mlp.recipe.params import VARIABLE
@@ -79,7 +78,7 @@ def check_files(stages: dict[str, Any]) -> None:
         UserError: one is not there, or another.
     """
     for path, md5 in lock.results(stages).items():
-        if lineage.file_md5(path) != md5:
+        if lock.path_md5(path) != md5:
             raise UserError(f"{path} is not what the study has made; run `make study`")
 
 
