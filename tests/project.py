@@ -20,11 +20,13 @@ BIN = Path(sys.executable).parent
 for variable in [name for name in os.environ if name.startswith("GIT_")]:
     del os.environ[variable]
 os.environ |= {"GIT_CONFIG_GLOBAL": str(REPOSITORY / "tests/gitconfig"), "GIT_CONFIG_SYSTEM": os.devnull}
-SMALL = {"model.hidden": [32], "train.epochs": 2, "train.batch_size": 250, "evaluate.target_accuracy": 0.5}
+SMALL: dict[str, object] = {"model.hidden": [32], "train.epochs": 2, "train.batch_size": 250,
+                            "evaluate.target_accuracy": 0.5, "study.vary": {}}  # fmt: skip
 DIVERGING = 1e6  # a learning rate at which any net and optimiser does
 NEVER = 1800  # seconds. Only a process that hangs takes so long, on a busy machine too
 LR = params.load().train.lr
-TRIED: dict[str, object] = {"train.lr": 0.05}  # another value, whose results are in the cache of the fixture `tried`
+# Another value, whose results are in the cache of the fixture `tried`.
+TRIED: dict[str, object] = {"train.lr": 0.05}
 RESULTS = ("dvc.lock", "results/model.safetensors", "results/history.csv", "results/metrics.json",
            "results/predictions.csv", "results/plots/test_acc.png", "results/plots/wrong_digits.png")  # fmt: skip
 

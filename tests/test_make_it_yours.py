@@ -95,6 +95,7 @@ def walk(folder: Path, mirror: Path) -> None:
         ("mean: 0.5", "mean: 0.4"),
         ("std: 0.5", "std: 0.2"),
         ("validation: 0", "validation: 100"),
+        ("vary: {}", "vary: {data.std: [0.2, 0.3]}"),
     )
 
     # 2. Another net, 3. another optimiser
