@@ -198,6 +198,7 @@ def test_a_stage_that_dvc_yaml_no_longer_has_is_no_part_of_the_state(repository:
             "params.yaml: fit.lr is missing, and the results were made with 0.1; run `dvc repro`",
         ),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_results_of_another_state_are_refused(repository: Path, damage: Callable[[], object], reason: str) -> None:
     damage()
@@ -220,6 +221,8 @@ def test_stages_that_others_write_are_read() -> None:
     assert lock.pipeline_stages(yaml.safe_dump({"stages": stages}).encode()) == stages
     with pytest.raises(UserError, match="is damaged, or in a merge"):
         lock.read_stages(b"stages: {fit: text}")
+    folder = {"fit": {"outs": ["results"]}, lock.TRACK: {"deps": ["results/line.json"]}}
+    assert lock._upstream(folder, lock.TRACK) == {"fit", lock.TRACK}
 
 
 def test_what_runs_beside_or_after_track_is_no_part_of_the_state(repository: Path) -> None:
