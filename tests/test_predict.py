@@ -18,7 +18,7 @@ from tests.conftest import Make
 from tests.pictures import INK, PAPER, READ, REFUSED, SIDE, Page, grain, read, with_specks
 
 pytestmark = pytest.mark.recipe
-QUICK = ("shadow", "desk at a side", "two digits")
+QUICK = ("shadow", "two digits")
 COUNT = 200  # pictures of each kind
 
 

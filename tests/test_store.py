@@ -142,7 +142,7 @@ def test_an_experiment_of_a_server_on_the_same_database_keeps_its_place(
     assert mlflow.get_experiment(other).artifact_location == "mlflow-artifacts:/7"
 
 
-@pytest.mark.parametrize("scheme", ["http", "postgresql"])
+@pytest.mark.parametrize("scheme", ["http", pytest.param("postgresql", marks=pytest.mark.full)])
 def test_a_server_that_is_down_is_asked_once_and_reported_in_one_line(
     scheme: str, tmp_path: Path, enter: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
