@@ -28,19 +28,20 @@ def recorded(params: Mapping[str, object]) -> dict[str, Any]:
             state.
     """
     pipeline = pipeline_stages(Path("dvc.yaml").read_bytes())
-    needed = _upstream(pipeline, TRACK) - {TRACK} if TRACK in pipeline else pipeline.keys()
+    upstream = _upstream(pipeline, TRACK) - {TRACK} if TRACK in pipeline else pipeline.keys()
     try:
         locked = read_stages(LOCK.read_bytes())
     except FileNotFoundError:
         raise UserError(f"there is no {LOCK}, so there are no results yet; run `dvc repro`") from None
     frozen = [name for name, stage in pipeline.items() if stage.get("frozen")]
     advice = f"run `dvc unfreeze {' '.join(frozen)}`, then `dvc repro`" if frozen else "run `dvc repro`"
-    stages = {name: locked[name] for name in pipeline if name in needed and name in locked}
-    for name in [name for name in pipeline if name in needed]:
+    needed = [name for name in pipeline if name in upstream]
+    for name in needed:
         if name not in locked:
             raise UserError(f"stage {name} has not run; {advice}")
         if str(pipeline[name].get("cmd")).replace("\\${", "${") != str(locked[name].get("cmd")):
             raise UserError(f"the command of stage {name} has changed since it last ran; {advice}")
+    stages = {name: locked[name] for name in needed}
     for key, value in parameters(stages).items():
         if (now := params.get(key, "missing")) != value:
             raise UserError(f"params.yaml: {key} is {now}, and the results were made with {value}; {advice}")
@@ -130,12 +131,12 @@ def _flat(values: Mapping[str, Any], section: str = "") -> Iterator[tuple[str, A
 
 
 def locked_stages(lock: bytes, pipeline: bytes) -> dict[str, Any]:
-    """Give the stages of a ``dvc.lock`` that ``run_again`` names; DVC keeps the entries of others, too."""
-    names = run_again(pipeline)
+    """Give the stages of a ``dvc.lock`` that ``without_track`` names; DVC keeps the entries of others, too."""
+    names = without_track(pipeline)
     return {name: stage for name, stage in read_stages(lock).items() if name in names}
 
 
-def run_again(pipeline: bytes) -> list[str]:
+def without_track(pipeline: bytes) -> list[str]:
     """Name the stages of a ``dvc.yaml`` that can be run without ``TRACK``: neither it nor what depends on it."""
     stages = pipeline_stages(pipeline)
     return [name for name in stages if TRACK not in _upstream(stages, name)]
@@ -145,7 +146,7 @@ def _upstream(stages: Mapping[str, Any], name: str) -> set[str]:
     """Name the stages of a ``dvc.yaml`` on which one depends, and itself."""
     found, new = {name}, {name}
     while new:
-        needed = [Path(path) for known in new for path in stages.get(known, {}).get("deps", [])]
+        needed = [Path(path) for known in new for path in stages[known].get("deps", [])]
         new = {
             other
             for other in stages.keys() - found

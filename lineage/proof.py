@@ -299,7 +299,7 @@ def _run_again(clone: Path) -> None:
         "MLFLOW_TRACKING_URI": f"sqlite:///{clone}/mlflow.db",
         "DVC_SITE_CACHE_DIR": str(clone / ".dvc/site"),
     }
-    stages = lock.run_again((clone / "dvc.yaml").read_bytes())
+    stages = lock.without_track((clone / "dvc.yaml").read_bytes())
     (clone / lock.LOCK).unlink(missing_ok=True)  # what is in it afterwards has been made here
     # By --force and --no-commit nothing is taken from, or put into, a cache that this user's repositories may share.
     # By --quiet DVC does not ask to commit or push what it made; the stages still print their lines.

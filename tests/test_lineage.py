@@ -238,7 +238,7 @@ def test_what_runs_beside_or_after_track_is_no_part_of_the_state(repository: Pat
     toy.track()
     assert_complete(found()[0])
     assert lock.recorded(toy.load_params()).keys() == {"fit", "score"}
-    assert lock.run_again(Path("dvc.yaml").read_bytes()) == ["fit", "score", "beside", "more"]
+    assert lock.without_track(Path("dvc.yaml").read_bytes()) == ["fit", "score", "beside", "more"]
     assert lock.paths(content["stages"]["more"]) == ["more.txt"]
 
 
