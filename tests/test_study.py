@@ -408,6 +408,8 @@ def test_a_worker_that_dies_costs_its_run_only_while_the_others_go_on(
     change_training(repository, stop)
     runs = cluster.run_all(plan.configs(params.load()))
     ended = dict(next(runs) for _ in range(SEEDS - 1))
+    while not (repository / "once").exists():
+        time.sleep(0.01)
     for process in psutil.Process().children(recursive=True):
         if "spawn_main" in " ".join(process.cmdline()):  # a worker, rather than Python's helper
             process.kill()
